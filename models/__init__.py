@@ -1,0 +1,1 @@
+"""What a recommender is: data, catalogue, trie, prompt, search, checkpoint, training and evaluation."""

@@ -1,0 +1,246 @@
+"""A recommender directory: a plain transformers checkpoint, `recommender.json` and a catalogue."""
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.atomic import new_directory, write_json, write_text
+from models.catalog import Catalog, file_sha256, read_catalog, write_catalog
+from models.errors import LeanRecError
+from models.prompt import Prompter, PromptConfig
+from models.trie import Trie, build_trie
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommender:
+    """A checked recommender directory; weights are read by `load_model`."""
+
+    directory: Path
+    config: "PretrainedConfig"
+    tokenizer: "PreTrainedTokenizerBase"
+    catalog: Catalog
+    prompt: PromptConfig
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Data set, split, seed and base it was trained with."""
+    parent: Mapping[str, Any] | None = None
+    """What it was pruned from."""
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """Encoder of histories."""
+        return Prompter(self.tokenizer, self.prompt, self.catalog.titles)
+
+    @cached_property
+    def trie(self) -> Trie:
+        """Trie of the catalogue's titles."""
+        return build_trie(self.prompter.title_tokens, self.catalog.popularity, self.catalog.item_ids)
+
+
+def read_recommender(directory: Path | str) -> Recommender:
+    """Read and check a recommender directory.
+
+    Raises:
+        LeanRecError: a file is missing, unreadable or of another format; the catalogue differs from its
+            checksum; weights are not safetensors or are cut short; the tokenizer cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    directory = Path(directory)
+    described = _read_description(directory)
+    catalog_path = directory / Path(str(described["catalog"]["file"])).name
+    if catalog_path.is_file() and file_sha256(catalog_path) != described["catalog"]["sha256"]:
+        raise LeanRecError(
+            f"{catalog_path}: does not match the checksum in recommender.json; "
+            "restore the file, or write the directory anew if the catalogue was changed on purpose"
+        )
+    catalog = read_catalog(catalog_path)
+    check_weights(directory)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad config.json
+        raise LeanRecError(f"{directory / 'config.json'}: cannot be read ({_first_line(error)})") from error
+    if not (directory / "tokenizer_config.json").is_file() and not (directory / "tokenizer.json").is_file():
+        raise LeanRecError(f"{directory}: has no tokenizer (tokenizer.json); save it beside the weights")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise LeanRecError(f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+    return Recommender(
+        directory=directory,
+        config=config,
+        tokenizer=tokenizer,
+        catalog=catalog,
+        prompt=PromptConfig(**described["prompt"]),
+        training=described.get("training", {}),
+        parent=described.get("parent"),
+    )
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    path = directory / "recommender.json"
+    if not directory.is_dir():
+        raise LeanRecError(f"{directory}: no such directory; give a recommender directory (see docs)")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LeanRecError(
+            f"{directory}: has no recommender.json, so it is not a recommender directory; make one with "
+            "`finetune --base DIR --data DATA`, or write the file beside your checkpoint"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise LeanRecError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        found = described.get("format") if isinstance(described, dict) else type(described).__name__
+        raise LeanRecError(f"{path}: format is {found!r}; this version reads {FORMAT}")
+    catalog, prompt = described.get("catalog"), described.get("prompt")
+    if not isinstance(catalog, dict) or not {"file", "sha256"} <= set(catalog):
+        raise LeanRecError(f"{path}: catalog must give `file` and `sha256`")
+    kinds = {"template": str, "separator": str, "max_history": int}
+    if not isinstance(prompt, dict) or set(prompt) - set(kinds):
+        raise LeanRecError(f"{path}: prompt must be an object with {', '.join(kinds)}")
+    for key, value in prompt.items():
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise LeanRecError(f"{path}: prompt.{key} must be of type {kinds[key].__name__}")
+    return described
+
+
+def check_weights(directory: Path) -> None:
+    """Check that a checkpoint's safetensors files are there and whole, from their headers alone.
+
+    Raises:
+        LeanRecError: no safetensors, a shard is missing, or a file is shorter than its header says.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise LeanRecError(f"{index}: not a valid safetensors index ({error})") from error
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        path = directory / Path(name).name
+        if not path.is_file():
+            others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
+            hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
+            raise LeanRecError(f"{path}: no such file{hint}")
+        read_safetensors_header(path)
+
+
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return name -> {dtype, shape, data_offsets} of a safetensors file.
+
+    Raises:
+        LeanRecError: not a safetensors file, or shorter than its header says.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
+        if not 0 < length <= min(size - 8, 100_000_000):
+            raise LeanRecError(f"{path}: not a safetensors file (its header is damaged or of another format)")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise LeanRecError(f"{path}: not a safetensors file (its header is not readable)") from error
+    if size != 8 + length + end:
+        raise LeanRecError(
+            f"{path}: is {size} bytes where its header says {8 + length + end}; the copy is incomplete or damaged"
+        )
+    return header
+
+
+def load_model(
+    recommender: Recommender, dtype: "torch.dtype | None" = None, device: str = "cpu"
+) -> "PreTrainedModel":
+    """Return the model in `dtype` (fp32 unless given), ready for inference.
+
+    Raises:
+        LeanRecError: weights do not fit the config, or hold values that are not finite.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            recommender.directory,
+            dtype=dtype or torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise LeanRecError(f"{recommender.directory}: the model cannot be loaded ({_first_line(error)})") from error
+    missing = sorted(info["missing_keys"])
+    wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    if missing or wrong:
+        name = (missing or wrong)[0]
+        problem = "is missing from the weights" if missing else "has another shape than config.json says"
+        raise LeanRecError(f"{recommender.directory}: {name} {problem}")
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise LeanRecError(f"{recommender.directory}: {name} holds values that are not finite (NaN or infinity)")
+    return model.to(device).eval()
+
+
+def write_recommender(
+    directory: Path | str,
+    *,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    catalog: Catalog,
+    prompt: PromptConfig,
+    training: Mapping[str, Any],
+    parent: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a recommender directory, whole or not at all.
+
+    Args:
+        extra_files: Further text files by name, for example a report.
+
+    Raises:
+        LeanRecError: the directory is there already and not empty.
+    """
+    with new_directory(Path(directory)) as temporary:
+        model.save_pretrained(temporary, safe_serialization=True)
+        tokenizer.save_pretrained(temporary)
+        _plain_config(temporary / "config.json")
+        sha256 = write_catalog(temporary / "catalog.parquet", catalog)
+        described = {
+            "format": FORMAT,
+            "prompt": asdict(prompt),
+            "catalog": {"file": "catalog.parquet", "sha256": sha256},
+            "training": dict(training),
+            "parent": dict(parent) if parent else None,
+        }
+        write_json(temporary / "recommender.json", described)
+        for name, text in (extra_files or {}).items():
+            write_text(temporary / name, text)
+
+
+def _plain_config(path: Path) -> None:
+    """Make config.json read alike in every version: older transformers know rope_theta only at the top."""
+    config = json.loads(path.read_text())
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    config.pop("_name_or_path", None)
+    write_json(path, config)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,30 @@
+"""What answers search requests, whichever runtime computes the hidden states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from models.search import SearchRequest, SearchResult
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall time of one batch, milliseconds."""
+
+    prefill_ms: float
+    search_ms: float
+
+
+class Engine(Protocol):
+    """Answers a batch of requests; the answers do not depend on the batch."""
+
+    timings: Timings
+    """Of the latest batch."""
+
+    def recommend(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        """Return one result for each request."""
+        ...
+
+    def close(self) -> None:
+        """Release the model."""
+        ...

@@ -1,0 +1,107 @@
+"""History in, token ids out: the only place where a prompt is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from models.errors import LeanRecError
+
+STREAM_TEMPLATE = "{% for title in history %}{{ title }}\n{% endfor %}"
+"""A plain stream: one title a line, oldest first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """How a history becomes text."""
+
+    template: str = STREAM_TEMPLATE
+    """A sandboxed Jinja2 text; `history` is the list of titles, oldest first."""
+    separator: str = "\n"
+    """Ends every title, in the catalogue and in what the model generates."""
+    max_history: int = 20
+    """Titles kept, the newest."""
+
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise LeanRecError("prompt.separator: is empty; titles need an end marker, for example \"\\n\"")
+        if self.max_history < 1:
+            raise LeanRecError(f"prompt.max_history: {self.max_history} is not a positive number")
+
+    @property
+    def is_stream(self) -> bool:
+        return self.template == STREAM_TEMPLATE and self.separator == "\n"
+
+    @property
+    def truncation_chunk(self) -> int:
+        """Titles dropped at a time: a window that slid by one would change every cached prefix."""
+        return max(1, self.max_history // 4)
+
+
+class Prompter:
+    """Encodes histories of catalogue rows.
+
+    In the stream format the prompt is the start token and the titles' own tokens one after another, so no
+    title is tokenised twice. Any other template is rendered and tokenised whole.
+    """
+
+    def __init__(self, tokenizer: Any, config: PromptConfig, titles: Sequence[str]) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.titles = titles
+        try:
+            self._template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(
+                config.template
+            )
+            self._template.render(history=["a", "b"])
+        except jinja2.TemplateError as error:
+            raise LeanRecError(f"prompt.template: not a valid template ({error})") from error
+
+    @cached_property
+    def start_tokens(self) -> list[int]:
+        """What precedes the first title of a stream: the start token, or the separator where there is none."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None else self._ids(self.config.separator)
+
+    @cached_property
+    def title_tokens(self) -> list[list[int]]:
+        """Tokens of each catalogue row's title, end marker included."""
+        return self.encode_titles(self.titles)
+
+    def encode_titles(self, titles: Sequence[str]) -> list[list[int]]:
+        """Return each title's tokens as they follow a prompt, end marker included."""
+        texts = [title + self.config.separator for title in titles]
+        if self.config.is_stream:
+            return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+        before = self._template.render(history=["\x00"]).rpartition("\x00")[2]
+        prefix = self._ids(before)
+        whole = self.tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
+        if all(ids[: len(prefix)] == prefix for ids in whole):
+            return [ids[len(prefix) :] for ids in whole]
+        return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def kept(self, history: Sequence[int]) -> Sequence[int]:
+        """Return the newest part of a history that fits `max_history`, cut in whole chunks."""
+        chunk = self.config.truncation_chunk
+        excess = len(history) - self.config.max_history
+        return history if excess <= 0 else history[-(-excess // chunk) * chunk :]
+
+    def encode(self, history: Sequence[int]) -> list[int]:
+        """Return the prompt's token ids for a history of catalogue rows, oldest first."""
+        rows = self.kept(history)
+        if self.config.is_stream:
+            tokens = list(self.start_tokens)
+            for row in rows:
+                tokens += self.title_tokens[row]
+            return tokens
+        text = self._template.render(history=[self.titles[row] for row in rows])
+        tokens = list(self.tokenizer(text)["input_ids"])
+        if not tokens:
+            raise LeanRecError("prompt.template: renders to an empty prompt")
+        return tokens
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

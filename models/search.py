@@ -1,0 +1,232 @@
+"""Exact best-first top-K over the title trie.
+
+A node's score is a sum of log-probabilities, so it bounds every item below it. The search opens the best
+nodes, keeps the rest, and stops when the K-th finished item beats every open node: then the list is the
+exact top-K. It knows no model: the caller scores the nodes it asks for.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from models.trie import Trie
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchRequest:
+    """One recommendation to make."""
+
+    prompt: list[int]
+    """Token ids of the history."""
+    k: int = 10
+    excluded: frozenset[int] = frozenset()
+    """Catalogue rows that are not to be returned; other scores are unchanged."""
+    candidates: frozenset[int] | None = None
+    """The only catalogue rows that may be returned, or None for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings:
+    """How a search spends its steps; none of it changes an exact answer."""
+
+    width: int = 16
+    """Nodes opened a step."""
+    subtree: int = 2
+    """A node opened with all its descendants when there are at most so many: fewer, larger steps."""
+    max_expansions: int = 128
+    """Nodes opened in all; the last quarter goes to finishing a list. Then the answer may be inexact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """The best items, best first; ties by popularity, then item id."""
+
+    rows: list[int]
+    scores: list[float]
+    """Log-probability of each item's title, renormalised over the trie."""
+    exact: bool
+    """Whether this is provably the top-K."""
+    expansions: int
+    steps: int
+
+
+@dataclass
+class BestFirstSearch:
+    """One request's search: `select` nodes, `feed` their children's log-probabilities, until none is asked."""
+
+    trie: Trie
+    request: SearchRequest
+    settings: SearchSettings = SearchSettings()
+    expansions: int = 0
+    steps: int = 0
+    _open: list[tuple[float, int, int, int]] = field(default_factory=list)
+    _runs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    _newest: list[tuple[float, int]] = field(default_factory=list)
+    _done: list[tuple[float, int, int]] = field(default_factory=list)
+    _expanding: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._alive: np.ndarray | None = None
+        self._wanted: np.ndarray | None = None
+        self._available = len(self.trie.leaf_items) - len(self.request.excluded)
+        if self.request.candidates is not None:
+            rows = np.array(sorted(self.request.candidates - self.request.excluded), np.int64)
+            self._available = len(rows)
+            self._wanted = np.zeros(len(self.trie.leaf_items), bool)
+            self._wanted[rows] = True
+            self._alive = self.trie.nodes_above(rows)
+        self._goal = min(self.request.k, self._available)
+        if self._goal > 0:
+            self._push(np.zeros(1), np.zeros(1, np.int64))
+
+    def select(self) -> list[int]:
+        """Return the nodes to score now, parents before children; empty when the search has ended."""
+        left = self.settings.max_expansions - self.expansions
+        finishing = len(self._done) < self._goal and left <= self.settings.max_expansions // 4
+        if left <= 0 and not finishing:
+            return []
+        chosen = self._dive() if finishing and self._newest else self._best(max(left, 1))
+        self._newest = []
+        self._expanding = {}
+        nodes: list[int] = []
+        for score, node in chosen:
+            self._expanding[node] = score
+            small = self.trie.subtree_nodes[node] <= self.settings.subtree + 1
+            nodes += self._descendants(node) if small else [node]
+        for node in nodes:
+            self._expanding.setdefault(node, 0.0)
+        self.steps += bool(nodes)
+        self.expansions += len(nodes)
+        return nodes
+
+    def feed(self, nodes: Sequence[int], log_probs: Sequence[np.ndarray]) -> None:
+        """Take the log-probabilities over the children of each selected node, in the order selected."""
+        for node, children in zip(nodes, log_probs, strict=True):
+            targets = self.trie.children(node)[1]
+            scores = self._expanding[node] + children.astype(np.float64)
+            is_node = targets >= 0
+            if self._alive is not None:
+                is_node &= self._alive[np.maximum(targets, 0)]
+            self._finish(scores[targets < 0], ~targets[targets < 0])
+            node_scores, node_targets = scores[is_node], targets[is_node]
+            if len(self._expanding) > 1 and len(node_targets):
+                opened = np.array([int(t) in self._expanding for t in node_targets.tolist()])
+                for score, target in zip(
+                    node_scores[opened].tolist(), node_targets[opened].tolist(), strict=True
+                ):
+                    self._expanding[target] = score
+                node_scores, node_targets = node_scores[~opened], node_targets[~opened]
+            self._push(node_scores, node_targets)
+        self._done.sort()
+        del self._done[self.request.k :]
+
+    def result(self) -> SearchResult:
+        """Return the best items found."""
+        bound = self._open[0][0] if self._open else np.inf
+        return SearchResult(
+            rows=[row for _, _, row in self._done],
+            scores=[-score for score, _, _ in self._done],
+            exact=len(self._done) == self._goal and (self._goal == 0 or bound > self._done[-1][0]),
+            expansions=self.expansions,
+            steps=self.steps,
+        )
+
+    @property
+    def _threshold(self) -> float:
+        """Negated score an item must reach to enter the list; equal scores enter, for the tie rule."""
+        return self._done[self._goal - 1][0] if len(self._done) >= self._goal else np.inf
+
+    def _push(self, scores: np.ndarray, nodes: np.ndarray) -> None:
+        """Open nodes: only a run's best stands in the heap, the rest wait behind it in order."""
+        keep = -scores <= self._threshold
+        scores, nodes = scores[keep], nodes[keep]
+        if not len(nodes):
+            return
+        order = np.argsort(-scores, kind="stable")
+        self._runs.append((-scores[order], nodes[order]))
+        self._newest += zip((-scores[order])[: self.settings.width].tolist(), nodes[order].tolist(), strict=False)
+        heapq.heappush(self._open, (float(-scores[order[0]]), int(nodes[order[0]]), len(self._runs) - 1, 0))
+
+    def _pop(self) -> tuple[float, int]:
+        negated, node, run, position = self._open[0]
+        scores, nodes = self._runs[run]
+        if position + 1 < len(nodes):
+            following = (float(scores[position + 1]), int(nodes[position + 1]), run, position + 1)
+            heapq.heapreplace(self._open, following)
+        else:
+            heapq.heappop(self._open)
+        return -negated, node
+
+    def _best(self, left: int) -> list[tuple[float, int]]:
+        """Take the best open nodes that can still matter."""
+        chosen: list[tuple[float, int]] = []
+        threshold = self._threshold
+        while self._open and len(chosen) < min(self.settings.width, left) and self._open[0][0] <= threshold:
+            chosen.append(self._pop())
+        return chosen
+
+    def _dive(self) -> list[tuple[float, int]]:
+        """Take the best of the newest nodes: at the end of the budget a full list beats a certificate."""
+        wanted = {node for _, node in sorted(self._newest)[: self.settings.width]}
+        chosen, others = [], []
+        while self._open and len(chosen) < len(wanted):
+            score, node = self._pop()
+            (chosen if node in wanted else others).append((score, node))
+        if others:
+            self._push(np.array([s for s, _ in others]), np.array([n for _, n in others], np.int64))
+        return chosen
+
+    def _descendants(self, node: int) -> list[int]:
+        """Return a node and every live node below it, parents first."""
+        found = [node]
+        for current in found:  # grows while it is walked
+            targets = self.trie.children(current)[1]
+            targets = targets[targets >= 0]
+            if self._alive is not None:
+                targets = targets[self._alive[targets]]
+            found += targets.tolist()
+        return found
+
+    def _finish(self, scores: np.ndarray, leaves: np.ndarray) -> None:
+        """Enter the items of leaves that can still be among the best."""
+        keep = -scores <= self._threshold
+        scores, leaves = scores[keep], leaves[keep]
+        entered, last = 0, -np.inf
+        for position in np.argsort(-scores, kind="stable").tolist():
+            score, leaf = float(scores[position]), int(leaves[position])
+            if entered >= self._goal and score < last:
+                break
+            start, stop = self.trie.leaf_item_offsets[leaf : leaf + 2]
+            for row in self.trie.leaf_items[start:stop].tolist():
+                if row in self.request.excluded or (self._wanted is not None and not self._wanted[row]):
+                    continue
+                self._done.append((-score, int(self.trie.item_order[row]), row))
+                entered, last = entered + 1, score
+        if len(self._done) > self._goal:
+            self._done.sort()
+            del self._done[self._goal :]
+
+
+def run_searches(
+    searches: Sequence[BestFirstSearch],
+    expand: Callable[[list[tuple[int, int]]], list[np.ndarray]],
+) -> list[SearchResult]:
+    """Run searches in step and return their results.
+
+    Args:
+        expand: Given (search index, node) pairs, returns log-probabilities over each node's children. A
+            pair's parent node was asked for before it, in an earlier call or earlier in the same one.
+    """
+    while True:
+        asked = [(index, search.select()) for index, search in enumerate(searches)]
+        pairs = [(index, node) for index, nodes in asked for node in nodes]
+        if not pairs:
+            return [search.result() for search in searches]
+        scored = expand(pairs)
+        start = 0
+        for index, nodes in asked:
+            if nodes:
+                searches[index].feed(nodes, scored[start : start + len(nodes)])
+            start += len(nodes)

@@ -1,0 +1,169 @@
+"""The search on a transformers model: evaluation while training, and the reference for vLLM."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from models.engine import Timings
+from models.head import ChildHead
+from models.search import BestFirstSearch, SearchRequest, SearchResult, SearchSettings, run_searches
+from models.trie import Trie
+
+
+class TransformersEngine:
+    """Batched search by tree attention.
+
+    A batch's prompts are prefilled once. Each step appends the edges of the selected nodes to the cache of
+    their request; a token attends to its prompt, its ancestors and itself, so nothing is copied.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        trie: Trie,
+        settings: SearchSettings = SearchSettings(),  # noqa: B008 - frozen
+        batch_size: int = 32,
+    ) -> None:
+        self.model = model
+        self.trie = trie
+        self.settings = settings
+        self.batch_size = batch_size
+        self.timings = Timings(0.0, 0.0)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take the head's weight anew, after the model was trained further."""
+        self._head = ChildHead(self.model.get_output_embeddings().weight, self.trie)
+
+    def close(self) -> None:
+        """Release the model."""
+        del self.model, self._head
+
+    @torch.inference_mode()
+    def recommend(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
+        """Return one result for each request."""
+        was_training = self.model.training
+        self.model.eval()
+        prefill_ms = search_ms = 0.0
+        results: dict[int, SearchResult] = {}
+        # Prompts of like length share a batch: less padding, same answers.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            begun = time.perf_counter()
+            tree = _TreeCache(self.model, self.trie, [requests[i].prompt for i in indices])
+            prefilled = time.perf_counter()
+            searches = [BestFirstSearch(self.trie, requests[i], self.settings) for i in indices]
+            found = run_searches(
+                searches, lambda pairs, tree=tree: self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
+            )
+            results.update(zip(indices, found, strict=True))
+            prefill_ms += 1e3 * (prefilled - begun)
+            search_ms += 1e3 * (time.perf_counter() - prefilled)
+        self.timings = Timings(prefill_ms, search_ms)
+        self.model.train(was_training)
+        return [results[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def log_probability(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> np.ndarray:
+        """Return the score of one given catalogue row for each prompt, float64 `[prompts]`."""
+        was_training = self.model.training
+        self.model.eval()
+        scores = np.zeros(len(prompts))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            indices = order[start : start + self.batch_size]
+            tree = _TreeCache(self.model, self.trie, [list(prompts[i]) for i in indices])
+            paths = [self.trie.branches_of_leaf(int(self.trie.leaf_of_item[rows[i]])) for i in indices]
+            pairs = [(b, node) for b, (nodes, _) in enumerate(paths) for node in nodes]
+            choices = [choice for _, picks in paths for choice in picks]
+            found = self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
+            for (b, _), choice, row in zip(pairs, choices, found, strict=True):
+                scores[indices[b]] += row[choice]
+        self.model.train(was_training)
+        return scores
+
+
+@dataclass
+class _Place:
+    """Where a node's tokens stand in its request's cache."""
+
+    slots: list[int]
+    """Cache columns of the whole path below the prompt."""
+    hidden: torch.Tensor
+    """Final hidden state of the last token `[hidden]`."""
+
+
+class _TreeCache:
+    """Key-value cache of a batch of prompts and of the tree tokens appended to each."""
+
+    def __init__(self, model: PreTrainedModel, trie: Trie, prompts: list[list[int]]) -> None:
+        self.model, self.trie = model, trie
+        self.device = model.device
+        self.lengths = [len(p) for p in prompts]
+        width = max(self.lengths)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        # Right padding: positions stay 0, 1, 2... and masked columns are never attended to.
+        self.columns = torch.zeros(len(prompts), width, dtype=torch.bool)
+        for b, prompt in enumerate(prompts):
+            ids[b, : len(prompt)] = torch.tensor(prompt)
+            self.columns[b, : len(prompt)] = True
+        self.cache = DynamicCache(config=model.config)
+        output = model.base_model(
+            input_ids=ids.to(self.device),
+            attention_mask=self.columns.long().to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.places: list[dict[int, _Place]] = [
+            {-1: _Place([], output[b, length - 1])} for b, length in enumerate(self.lengths)
+        ]
+        if trie.depth[0] == 0:
+            for place in self.places:
+                place[0] = place[-1]
+
+    def hidden(self, pairs: list[tuple[int, int]]) -> torch.Tensor:
+        """Return the final hidden state at each (prompt, node), `[pairs, hidden]`."""
+        new = [(b, node) for b, node in pairs if node not in self.places[b]]
+        if new:
+            self._append(new)
+        return torch.stack([self.places[b][node].hidden for b, node in pairs])
+
+    def _append(self, pairs: list[tuple[int, int]]) -> None:
+        base = self.columns.shape[1]
+        rows: list[list[tuple[int, int, list[int]]]] = [[] for _ in self.lengths]  # token, position, attended
+        ends: list[tuple[int, int, int]] = []
+        for b, node in pairs:
+            above = self.places[b][int(self.trie.parent[node])]
+            slots = list(above.slots)
+            for token in self.trie.edge(node).tolist():
+                slots = [*slots, base + len(rows[b])]
+                rows[b].append((token, self.lengths[b] + len(slots) - 1, slots))
+            self.places[b][node] = _Place(slots, above.hidden)  # hidden is filled in below
+            ends.append((b, node, len(rows[b]) - 1))
+        width = max(map(len, rows))
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        positions = torch.zeros(len(rows), width, dtype=torch.long)
+        allowed = torch.zeros(len(rows), width, base + width, dtype=torch.bool)
+        for b, tokens in enumerate(rows):
+            allowed[b, :, : self.lengths[b]] = True
+            for t, (token, position, slots) in enumerate(tokens):
+                ids[b, t], positions[b, t] = token, position
+                allowed[b, t, slots] = True
+        mask = torch.zeros(allowed.shape, dtype=self.model.dtype).masked_fill_(
+            ~allowed, torch.finfo(self.model.dtype).min
+        )
+        output = self.model.base_model(
+            input_ids=ids.to(self.device),
+            position_ids=positions.to(self.device),
+            attention_mask=mask[:, None].to(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        self.columns = torch.cat([self.columns, torch.zeros(len(rows), width, dtype=torch.bool)], 1)
+        for b, node, t in ends:
+            self.places[b][node].hidden = output[b, t]
