@@ -1,0 +1,223 @@
+"""From a target such as `5%` to the shapes of the three stages. Pure arithmetic on the config."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from models.errors import UsageError
+from models.families import ParameterCounts, Shape, Traits, count_parameters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+STAGES = ("width", "mlp", "depth")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+SMALLEST_HIDDEN = 16
+SMALLEST_MLP = 8
+HIDDEN_STEPS = (64, 32, 16)
+"""spacing of the hidden sizes tried: the widest that leaves 16 to choose from, finer ones if none fits"""
+# Share of the log of the cut that depth takes; the rest falls on width, where parameters go with the
+# square. At 5 % it keeps three layers in ten and four tenths of the width.
+DEPTH_SHARE = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way from the full shape to one within the budget."""
+
+    target_text: str
+    budget: int
+    """non-embedding parameters the result may have at most"""
+    full: Shape
+    stages: tuple[Shape, Shape, Shape]
+    """after heads and hidden width, after MLP width, after depth"""
+    traits: Traits
+
+    @property
+    def final(self) -> Shape:
+        return self.stages[-1]
+
+    @property
+    def counts(self) -> tuple[ParameterCounts, ParameterCounts, ParameterCounts, ParameterCounts]:
+        """Parameters of the full model and after each stage."""
+        full, first, second, third = (count_parameters(s, self.traits) for s in (self.full, *self.stages))
+        return full, first, second, third
+
+    @property
+    def full_count(self) -> int:
+        return self.counts[0].non_embedding
+
+    @property
+    def stage_counts(self) -> tuple[int, int, int]:
+        """Non-embedding parameters after each stage."""
+        _, first, second, third = self.counts
+        return first.non_embedding, second.non_embedding, third.non_embedding
+
+    def describe(self) -> str:
+        """Return the plan as text: shapes and parameters before, after each stage and at the end."""
+        counts = self.counts
+        kept = counts[-1].non_embedding
+        lines = [
+            f"target {self.target_text}: keep {kept:,} of {self.full_count:,} non-embedding parameters "
+            f"({kept / self.full_count:.2%}; at most {self.budget:,})",
+            "",
+            _row("", "full", *(f"{n} {name}" for n, name in enumerate(STAGES, 1))),
+        ]
+        shapes = (self.full, *self.stages)
+        for label, field in (
+            ("layers", "num_layers"),
+            ("hidden size", "hidden_size"),
+            ("query heads", "num_heads"),
+            ("KV heads", "num_kv_heads"),
+            ("head size", "head_dim"),
+            ("MLP width", "intermediate_size"),
+        ):
+            lines.append(_row(label, *(f"{getattr(shape, field):,}" for shape in shapes)))
+        lines.append("")
+        for part in ("attention", "mlp", "norm", "non_embedding", "embedding", "head", "total"):
+            lines.append(_row(part.replace("_", "-"), *(f"{getattr(count, part):,}" for count in counts)))
+        shares = (f"{count.non_embedding / self.full_count:.2%}" for count in counts)
+        lines.append(_row("kept", *shares))
+        if self.traits.writes_llama(self.final):
+            lines += ["", "stored as LlamaForCausalLM: vLLM's Qwen2 cannot hold this head size"]
+        return "\n".join(lines)
+
+
+def _row(label: str, *cells: str) -> str:
+    return f"{label:<14}" + "".join(f"{cell:>15}" for cell in cells)
+
+
+def parse_target(text: str, full_count: int) -> int:
+    """Return how many non-embedding parameters a target allows.
+
+    Args:
+        text: a percentage `5%`, a share `0.05`, or a count `20M`, `1500K`, `20000000`.
+        full_count: non-embedding parameters of the full model.
+
+    Raises:
+        UsageError: not such a text, nothing kept, or nothing removed.
+    """
+    forms = "use a percentage (5%), a share below 1 (0.05) or a number of parameters (20M)"
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([%KMB]?)\s*", text, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise UsageError(f"target {text!r} is not a size; {forms}")
+    number, unit = Fraction(match[1]), match[2].upper()
+    if unit == "%":
+        number = number / 100
+    share = unit == "%" or (unit == "" and "." in match[1])
+    if number == 0:
+        raise UsageError(f"target {text!r} keeps nothing; {forms}")
+    if share and number >= 1:
+        raise UsageError(f"target {text!r} removes nothing: it is the whole model or more; {forms}")
+    budget = math.floor(number * full_count if share else number * UNITS[unit])
+    if budget >= full_count:
+        raise UsageError(f"target {text!r} removes nothing: the model has {full_count:,} parameters; {forms}")
+    return budget
+
+
+def make_plan(config: "PretrainedConfig", target_text: str) -> Plan:
+    """Return the shapes whose last has at most the target's parameters and at most 1 % fewer.
+
+    Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
+    proportion `DEPTH_SHARE`, MLP and attention as wide for the hidden size as before (within 1.5 to 4
+    and at least 0.75), and sizes that are multiples of 64 where there is room.
+
+    Raises:
+        UsageError: the target is no size, or no shape reaches it; names the smallest that can be reached.
+    """
+    full, traits = Shape.of(config), Traits.of(config)
+    full_count = count_parameters(full, traits).non_embedding
+    budget = parse_target(target_text, full_count)
+    smallest = _smallest(full)
+    smallest_count = count_parameters(smallest, traits).non_embedding
+    if budget < smallest_count:
+        raise UsageError(
+            f"target {target_text!r} allows {budget:,} non-embedding parameters; the smallest this model "
+            f"can reach is {smallest_count:,} ({smallest_count / full_count:.3%})"
+        )
+    fitting: list[Shape] = []
+    for step in HIDDEN_STEPS:
+        if not fitting and (step <= full.hidden_size // 16 or step == HIDDEN_STEPS[-1]):
+            fitting = list(_candidates(full, traits, budget, step))
+    if not fitting:
+        raise UsageError(
+            f"target {target_text!r}: no shape of this model has between {budget * 99 // 100 + 1:,} and "
+            f"{budget:,} non-embedding parameters; try a slightly larger target"
+        )
+    ideal_layers = max(full.num_layers * (budget / full_count) ** DEPTH_SHARE, min(2, full.num_layers))
+    final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
+    narrow = replace(final, num_layers=full.num_layers, intermediate_size=full.intermediate_size)
+    slim = replace(final, num_layers=full.num_layers)
+    return Plan(target_text.strip(), budget, full, (narrow, slim, final), traits)
+
+
+def _smallest(full: Shape) -> Shape:
+    return Shape(
+        num_layers=1,
+        hidden_size=min(SMALLEST_HIDDEN, full.hidden_size),
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=full.head_dim,
+        intermediate_size=min(SMALLEST_MLP, full.intermediate_size),
+    )
+
+
+def _candidates(full: Shape, traits: Traits, budget: int, hidden_step: int) -> Iterator[Shape]:
+    """Yield the shapes within the budget and 1 % of it, the MLP taking up what the rest leaves."""
+    for hidden in _hidden_sizes(full.hidden_size, hidden_step):
+        for kv_heads in range(1, full.num_kv_heads + 1):
+            for group in range(1, full.heads_per_group + 1):
+                if traits.heads_must_divide_hidden() and hidden % (kv_heads * group):
+                    continue
+                for layers in range(1, full.num_layers + 1):
+                    shape = Shape(layers, hidden, kv_heads * group, kv_heads, full.head_dim, 0)
+                    width = _mlp_width(shape, full, traits, budget)
+                    if width:
+                        yield replace(shape, intermediate_size=width)
+
+
+def _hidden_sizes(full: int, step: int) -> list[int]:
+    return [*range(max(step, SMALLEST_HIDDEN), full, step), full]
+
+
+def _mlp_width(shape: Shape, full: Shape, traits: Traits, budget: int) -> int | None:
+    """Return the roundest MLP width that lands within 1 % below the budget, None where none does."""
+    base = count_parameters(shape, traits).non_embedding
+    per_neuron = count_parameters(replace(shape, intermediate_size=1), traits).non_embedding - base
+    most = min((budget - base) // per_neuron, full.intermediate_size)
+    if most < min(SMALLEST_MLP, full.intermediate_size):
+        return None
+    for multiple in (64, 32, 16, 8, 4, 2, 1):
+        width = most // multiple * multiple
+        if (base + width * per_neuron) * 100 > 99 * budget:
+            return width
+    return None
+
+
+def _cost(shape: Shape, full: Shape, ideal_layers: float) -> float:
+    """Return how far a shape is from what one wants, in squared log-ratios."""
+    hidden = shape.hidden_size
+    mlp = shape.intermediate_size / hidden
+    attention = shape.attention_width / hidden
+    wanted_mlp = min(max(full.intermediate_size / full.hidden_size, 1.5), 2.75)
+    wanted_attention = min(max(full.attention_width / full.hidden_size, 0.75), 2.0)
+    cost = math.log(shape.num_layers / ideal_layers) ** 2
+    cost += 0.5 * math.log(mlp / wanted_mlp) ** 2
+    cost += 0.5 * math.log(attention / wanted_attention) ** 2
+    cost += 0.05 * math.log(shape.heads_per_group / full.heads_per_group) ** 2
+    for beyond in (1.5 / mlp, mlp / 4, 0.75 / attention):
+        cost += 4 * max(math.log(beyond), 0.0) ** 2
+    return cost + _roughness(hidden, 0.03) + _roughness(shape.intermediate_size, 0.01)
+
+
+def _roughness(size: int, weight: float) -> float:
+    """Return a price for a size that is no multiple of 64: kernels waste part of their last tile."""
+    missing = sum(size % multiple != 0 for multiple in (64, 32, 16, 8))
+    return weight * missing
+
+
+def _order(shape: Shape) -> tuple[int, ...]:
+    return (-shape.num_layers, -shape.hidden_size, -shape.num_heads, -shape.num_kv_heads)

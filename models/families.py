@@ -1,0 +1,266 @@
+"""The model families LeanRec prunes and serves: what they hold, how many parameters, how a config is resized.
+
+All four keep their weights under the same names (`model.layers.N.self_attn.q_proj`, ...), so the surgery
+is written once; what differs is told by the config and gathered here.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from models.errors import LeanRecError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+# These depend on nothing that pruning changes, and mean the same to transformers and to vLLM.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+PARTS = ("embedding", "head", "attention", "mlp", "norm")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The dimensions that pruning changes, and `head_dim`, which it keeps."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    @staticmethod
+    def of(config: "PretrainedConfig") -> "Shape":
+        """Return the shape of a transformers config of a supported family."""
+        heads = config.num_attention_heads
+        return Shape(
+            num_layers=config.num_hidden_layers,
+            hidden_size=config.hidden_size,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate_size=config.intermediate_size,
+        )
+
+    @property
+    def attention_width(self) -> int:
+        """Width of what the query heads write together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a family's config fixes beside its shape, and pruning keeps."""
+
+    model_type: str
+    vocab_size: int
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    query_key_norm: bool
+
+    @staticmethod
+    def of(config: "PretrainedConfig") -> "Traits":
+        """Return the traits of a transformers config of a supported family."""
+        model_type = config.model_type
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        return Traits(
+            model_type=model_type,
+            vocab_size=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            qkv_bias=attention_bias or model_type == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            query_key_norm=model_type == "qwen3",
+        )
+
+    def heads_must_divide_hidden(self) -> bool:
+        """Whether transformers refuses a hidden size that is no multiple of the heads (Llama's own check).
+
+        Qwen2 is in it because a pruned one may have to become a Llama.
+        """
+        return self.model_type in ("llama", "qwen2")
+
+    def writes_llama(self, shape: Shape) -> bool:
+        """Whether a Qwen2 of this shape must be stored as a Llama.
+
+        vLLM's Qwen2 ignores `head_dim` and loads any other width truncated, without an error.
+        """
+        return self.model_type == "qwen2" and shape.hidden_size != shape.attention_width
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters by part. A tied head counts once, as embedding."""
+
+    embedding: int
+    head: int
+    attention: int
+    mlp: int
+    norm: int
+
+    @property
+    def non_embedding(self) -> int:
+        """All but the embedding and the head: what a target is a share of."""
+        return self.attention + self.mlp + self.norm
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.head + self.non_embedding
+
+
+def count_parameters(shape: Shape, traits: Traits) -> ParameterCounts:
+    """Return the exact counts of a model of this shape, without making it."""
+    d, width = shape.hidden_size, shape.attention_width
+    kv_width = shape.num_kv_heads * shape.head_dim
+    attention = 2 * d * width + 2 * d * kv_width
+    attention += (width + 2 * kv_width) * traits.qkv_bias
+    attention += d * (traits.output_bias or traits.writes_llama(shape))
+    mlp = 3 * d * shape.intermediate_size + (2 * shape.intermediate_size + d) * traits.mlp_bias
+    norm = 2 * d + 2 * shape.head_dim * traits.query_key_norm
+    vocabulary = traits.vocab_size * d
+    return ParameterCounts(
+        embedding=vocabulary,
+        head=0 if traits.tied else vocabulary,
+        attention=shape.num_layers * attention,
+        mlp=shape.num_layers * mlp,
+        norm=shape.num_layers * norm + d,
+    )
+
+
+def non_embedding_parameters(config: "PretrainedConfig") -> int:
+    """Return the parameters of a config's model, embedding and head left out."""
+    return count_parameters(Shape.of(config), Traits.of(config)).non_embedding
+
+
+def count_tensors(shapes: Mapping[str, Sequence[int]]) -> ParameterCounts:
+    """Return the counts of named tensors, as a safetensors header lists them.
+
+    Raises:
+        LeanRecError: a tensor that belongs to no part of a supported family.
+    """
+    counts = dict.fromkeys(PARTS, 0)
+    for name, shape in shapes.items():
+        size = 1
+        for length in shape:
+            size *= length
+        counts[_part_of(name)] += size
+    return ParameterCounts(**counts)
+
+
+def _part_of(tensor: str) -> str:
+    pieces = tensor.split(".")
+    if "embed_tokens" in pieces:
+        return "embedding"
+    if pieces[0] == "lm_head":
+        return "head"
+    if any("norm" in piece for piece in pieces):
+        return "norm"
+    if "self_attn" in pieces:
+        return "attention"
+    if "mlp" in pieces:
+        return "mlp"
+    raise LeanRecError(f"weights: tensor {tensor!r} belongs to none of {', '.join(ARCHITECTURES.values())}")
+
+
+def check_supported(config: "PretrainedConfig", source: str) -> None:
+    """Refuse a config whose model LeanRec cannot prune and serve exactly.
+
+    Args:
+        source: the checkpoint, for the message.
+
+    Raises:
+        LeanRecError: names the architecture or setting, and what is supported.
+    """
+    supported = ", ".join(ARCHITECTURES.values())
+    declared = list(getattr(config, "architectures", None) or [ARCHITECTURES.get(config.model_type)])
+    name = declared[0] or config.model_type
+    if declared != [ARCHITECTURES.get(config.model_type)]:
+        raise LeanRecError(f"{source}: architecture {name} is not supported; use one of {supported}")
+
+    def refuse(what: str, remedy: str) -> None:
+        raise LeanRecError(f"{source}: {name} with {what} is not supported; {remedy}")
+
+    if getattr(config, "quantization_config", None):
+        refuse("quantised weights", "use the checkpoint in float32, bfloat16 or float16")
+    if config.hidden_act != "silu":
+        refuse(f"hidden_act {config.hidden_act!r}", "vLLM runs only silu for these families")
+    rope = config.rope_parameters or {}
+    rope_type = rope.get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        refuse(f"rope type {rope_type!r}", f"use one of {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        refuse("a partial rotary embedding", "use one that turns the whole head")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        refuse(
+            f"a sliding window of {window} tokens",
+            "set sliding_window to null in config.json if no prompt is longer than the window",
+        )
+    if "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        refuse("sliding attention layers", "use a checkpoint with full attention only")
+    shape, traits = Shape.of(config), Traits.of(config)
+    if shape.num_heads % shape.num_kv_heads:
+        refuse(
+            f"{shape.num_heads} heads over {shape.num_kv_heads} KV heads",
+            "num_attention_heads must be a multiple of num_key_value_heads",
+        )
+    if traits.model_type == "qwen3" and traits.output_bias:
+        refuse("attention_bias", "vLLM has no o_proj bias for Qwen3")
+    if traits.writes_llama(shape):
+        refuse(
+            f"hidden_size {shape.hidden_size} and {shape.num_heads} heads of {shape.head_dim}",
+            "vLLM's Qwen2 ignores head_dim; store it as LlamaForCausalLM with attention_bias",
+        )
+
+
+def resized_config(config: "PretrainedConfig", shape: Shape) -> "PretrainedConfig":
+    """Return the config of the same model in another shape, every key that depends on it rewritten.
+
+    A Qwen2 whose hidden size differs from heads x head_dim comes back as a Llama with attention bias.
+    Layer-wise lists are cut to the first `num_layers` entries: all layers of a supported config are alike.
+    """
+    from transformers import LlamaConfig
+
+    values = copy.deepcopy(config.to_dict())
+    for key in ("_name_or_path", "transformers_version", "model_type", "architectures", "torch_dtype"):
+        values.pop(key, None)
+    values |= {
+        "num_hidden_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "intermediate_size": shape.intermediate_size,
+    }
+    traits = Traits.of(config)
+    if traits.writes_llama(shape):
+        for key in ("layer_types", "max_window_layers", "use_sliding_window", "sliding_window"):
+            values.pop(key, None)
+        resized = LlamaConfig(**values, attention_bias=True)
+        architecture = ARCHITECTURES["llama"]
+    else:
+        if values.get("layer_types"):
+            values["layer_types"] = values["layer_types"][: shape.num_layers]
+        if "max_window_layers" in values:
+            values["max_window_layers"] = shape.num_layers
+        resized = type(config)(**values)
+        architecture = ARCHITECTURES[traits.model_type]
+    resized.architectures = [architecture]
+    # transformers 4 reads only this key and falls back to 10000 without it.
+    resized.rope_theta = resized.rope_parameters["rope_theta"]
+    resized._attn_implementation = config._attn_implementation
+    return resized
