@@ -1,0 +1,131 @@
+"""vLLM's `LLM` in this process: how it is configured, loaded, measured and closed."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.checkpoint import Recommender, read_safetensors_header
+from models.errors import LeanRecError
+
+CPU_KV_CACHE_BYTES = 512 * 2**20
+GPU_KV_CACHE_BYTES = 4 * 2**30
+
+# Separate processes would each import vLLM again; its plugins and telemetry are not asked for.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "VLLM_PLUGINS": "",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_DEFAULT_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "HF_HUB_OFFLINE": "1",
+}
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads while it is imported."""
+    os.environ.update(_ENVIRONMENT)
+    for name, value in _DEFAULT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
+    """Return vLLM's `LLM` for a recommender, as a model that gives hidden states.
+
+    Args:
+        arguments: vLLM engine arguments by field name; they take precedence over what is chosen here.
+
+    Raises:
+        LeanRecError: vLLM is not installed, or refuses the model or an argument.
+    """
+    prepare_environment()
+    try:
+        import vllm
+    except ImportError as error:
+        raise LeanRecError(
+            f"vllm: cannot be imported ({error}); install the extra `leanrec[cpu]` or `leanrec[gpu]`"
+        ) from error
+    try:
+        return vllm.LLM(**(_chosen(recommender) | dict(arguments)))
+    except Exception as error:  # whatever vLLM's layers raise: it is about the model or an argument
+        logger.debug("vLLM failed to load", exc_info=True)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise LeanRecError(f"{recommender.directory}: vLLM cannot load it: {reason[:500]}") from error
+
+
+def _chosen(recommender: Recommender) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    return {
+        "model": str(recommender.directory),
+        "runner": "pooling",
+        "convert": "embed",
+        "dtype": "bfloat16",
+        "max_model_len": _needed_length(recommender),
+        "enforce_eager": on_cpu,
+        # Only full blocks are shared, so small ones; these are the least the attention kernels take.
+        "block_size": 32 if on_cpu else 16,
+        "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else GPU_KV_CACHE_BYTES,
+        "max_num_seqs": 256,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+
+
+def _needed_length(recommender: Recommender) -> int:
+    """Return the tokens of the longest prompt and title there can be, within the model's positions."""
+    lengths = [len(tokens) for tokens in recommender.prompter.title_tokens]
+    longest = lengths.index(max(lengths))
+    prompt = recommender.prompter.encode([longest] * recommender.prompt.max_history)
+    needed = len(prompt) + lengths[longest]
+    positions = getattr(recommender.config, "max_position_embeddings", None) or needed
+    return min(positions, -(-needed // 64) * 64)
+
+
+def read_head_weight(recommender: Recommender) -> torch.Tensor:
+    """Return the language-model head's weight `[vocabulary, hidden]`, in the checkpoint's own precision.
+
+    Raises:
+        LeanRecError: the checkpoint has none.
+    """
+    from safetensors import safe_open
+
+    directory = recommender.directory
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+    else:
+        files = dict.fromkeys(read_safetensors_header(directory / "model.safetensors"), "model.safetensors")
+    name = "model.embed_tokens.weight" if recommender.config.tie_word_embeddings else "lm_head.weight"
+    if name not in files:
+        raise LeanRecError(f"{directory}: the weights hold no {name}")
+    with safe_open(directory / Path(files[name]).name, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def longest_prompt(llm: Any, deepest: int) -> int:
+    """Return how many prompt tokens leave room for a title prefix of `deepest` tokens."""
+    return int(llm.llm_engine.vllm_config.model_config.max_model_len) - deepest
+
+
+def kv_cache_bytes(llm: Any) -> int:
+    """Return the size of the KV cache."""
+    return int(llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes)
+
+
+def close_llm(llm: Any) -> None:
+    """Release the model, the KV cache and vLLM's process-wide state, so that another can be loaded."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm.llm_engine.engine_core.shutdown()
+    cleanup_dist_env_and_memory()

@@ -1,0 +1,30 @@
+"""What vLLM's worker class gains: the trie search, called by `collective_rpc`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from models.search import SearchRequest
+from models.vllm_forward import obstacle
+from models.vllm_search import SearchOutcome, SearchSetup, WorkerSearch
+
+
+class TrieSearchExtension:
+    """Named by its path in `worker_extension_cls`; vLLM mixes it into its worker.
+
+    Engine and worker share a process, so arguments and answers are passed by reference.
+    """
+
+    model_runner: Any
+
+    def trie_search_obstacle(self) -> str | None:
+        """Return why this worker cannot run the search, or None if it can."""
+        return obstacle(self.model_runner)
+
+    def trie_search_setup(self, setup: SearchSetup) -> None:
+        """Take a catalogue's trie and the head; prefixes cached for an earlier catalogue stay valid."""
+        earlier = self._trie_search.pool if hasattr(self, "_trie_search") else None
+        self._trie_search = WorkerSearch(self.model_runner, setup, earlier)
+
+    def trie_search_run(self, requests: Sequence[SearchRequest]) -> SearchOutcome:
+        """Answer a batch."""
+        return self._trie_search.run(requests)
