@@ -32,8 +32,10 @@ def shell_blocks(text):
 def command_lines(text):
     """Every simple command in a document's shell blocks, as words."""
     for block in shell_blocks(text):
-        lexer = shlex.shlex(block.replace("\\\n", " "), posix=True, punctuation_chars=";&|()\n")
-        lexer.whitespace, lexer.whitespace_split = " \t", True
+        # shlex would take a comment's line end with it.
+        text_only = re.sub(r"(^|\s)#[^\n]*", r"\1", block.replace("\\\n", " "))
+        lexer = shlex.shlex(text_only, posix=True, punctuation_chars=";&|()\n")
+        lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t", True, ""
         words = []
         for word in [*lexer, "\n"]:
             if set(word) <= set(";&|()\n"):
@@ -118,7 +120,8 @@ def test_no_machine_path_is_shown(path):
 
 def test_the_checks_see_what_they_look_for():
     text = (
-        "Words\n\n    make demo\n\n```bash\nA=1 compress --target 5% \\\n  --out x | tee log && serve --model y\n```\n"
+        "Words\n\n    make demo  # all of it\n    make test\n\n"
+        "```bash\nA=1 compress --target 5% \\\n  --out x | tee log && serve --model y\n```\n"
         "```\nnot shell\n```\n```console\n$ accelerate launch -m compress --target 5%\n```\n"
     )
     lines = list(command_lines(text))
@@ -128,6 +131,7 @@ def test_the_checks_see_what_they_look_for():
         ["serve", "--model", "y"],
         ["accelerate", "launch", "-m", "compress", "--target", "5%"],
         ["make", "demo"],
+        ["make", "test"],
     ]
     names = [command[0] for line in lines if (command := invoked(line))]
     assert names == ["compress", "serve", "compress"]
