@@ -1,10 +1,68 @@
-from typing import Any
+"""Stage 3: the number of layers."""
 
-from compress.calibrate import CalibrationBatch
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from compress.calibrate import CalibrationBatch, calibration_kl, reference_log_probs
+from compress.rebuild import rebuild
 from compress.stage import StageReport
-from models.families import Shape
+from models.families import Shape, non_embedding_parameters, resized_config
 from models.trie import Trie
 
+NOT_TRIED = -1.0
 
-def prune_depth(model: Any, shape: Shape, batches: list[CalibrationBatch], trie: Trie, *, seed: int = 0) -> tuple[Any, StageReport]:
-    raise NotImplementedError
+
+def prune_depth(
+    model: PreTrainedModel, shape: Shape, batches: Sequence[CalibrationBatch], trie: Trie
+) -> tuple[PreTrainedModel, StageReport]:
+    """Return the model with the shape's number of layers.
+
+    Again and again the layer goes whose removal leaves the smallest KL to the model given. Layer 0
+    always stays: it turns tokens into what all others read.
+    """
+    reference = reference_log_probs(model, batches, trie)
+    kept = list(range(model.config.num_hidden_layers))
+    dropped: list[int] = []
+    rounds: list[list[float]] = []
+    kl = 0.0
+    while len(kept) > shape.num_layers:
+        tried = [NOT_TRIED] * model.config.num_hidden_layers
+        for layer in kept[1:]:
+            with _only_layers(model, [other for other in kept if other != layer]):
+                tried[layer] = calibration_kl(model, batches, trie, reference)
+        gone = min(kept[1:], key=lambda layer: (tried[layer], -layer))
+        kept.remove(gone)
+        dropped.append(gone)
+        rounds.append(tried)
+        kl = tried[gone]
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        pieces = name.split(".")
+        if pieces[1] != "layers":
+            tensors[name] = tensor
+        elif int(pieces[2]) in kept:
+            pieces[2] = str(kept.index(int(pieces[2])))
+            tensors[".".join(pieces)] = tensor
+    pruned = rebuild(resized_config(model.config, shape), tensors)
+    return pruned, StageReport(
+        name="depth",
+        parameters=non_embedding_parameters(pruned.config),
+        calibration_kl=kl,
+        importances={"layers": rounds},
+        kept={"layers": [kept]},
+        dropped_layers=tuple(dropped),
+    )
+
+
+@contextmanager
+def _only_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
+    """Let the model skip the other layers."""
+    layers = model.model.layers
+    model.model.layers = nn.ModuleList([layers[n] for n in kept])
+    try:
+        yield
+    finally:
+        model.model.layers = layers

@@ -215,8 +215,8 @@ def _cost(shape: Shape, full: Shape, ideal_layers: float) -> float:
 
 def _roughness(size: int, weight: float) -> float:
     """Return a price for a size that is no multiple of 64: kernels waste part of their last tile."""
-    missing = sum(size % multiple != 0 for multiple in (64, 32, 16, 8))
-    return weight * missing
+    missing = sum(size % multiple != 0 for multiple in (64, 32, 16))
+    return weight * (missing + 10 * (size % 8 != 0))
 
 
 def _order(shape: Shape) -> tuple[int, ...]:

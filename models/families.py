@@ -186,9 +186,10 @@ def check_supported(config: "PretrainedConfig", source: str) -> None:
         LeanRecError: names the architecture or setting, and what is supported.
     """
     supported = ", ".join(ARCHITECTURES.values())
-    declared = list(getattr(config, "architectures", None) or [ARCHITECTURES.get(config.model_type)])
+    known = ARCHITECTURES.get(config.model_type)
+    declared = list(getattr(config, "architectures", None) or [known])
     name = declared[0] or config.model_type
-    if declared != [ARCHITECTURES.get(config.model_type)]:
+    if known is None or declared != [known]:
         raise LeanRecError(f"{source}: architecture {name} is not supported; use one of {supported}")
 
     def refuse(what: str, remedy: str) -> None:
