@@ -7,16 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from models.trie import Trie
+from models.losses import ValidLogProbs, ValidTokens, valid_kl
 
 HISTORY_WEIGHT = 0.1
-# Positions whose logits are held at once: bounds memory for catalogues with many tokens.
-POSITIONS_AT_ONCE = 2048
 
 Observer = Callable[[Tensor, Tensor], None]
 """Takes the inputs of a module `[tokens, width]` and the tokens' weights `[tokens]`, padding left out."""
@@ -28,7 +25,7 @@ class CalibrationBatch:
 
     input_ids: Tensor
     attention_mask: Tensor | None
-    """1 where there is a token; None: no padding"""
+    """1 where there is a token; None where `position_ids` tell windows apart (the model reads only one)"""
     node_ids: Tensor
     """trie node whose children the position predicts, or -1"""
     title_mask: Tensor
@@ -39,7 +36,15 @@ class CalibrationBatch:
     def weights(self) -> Tensor:
         """Return each position's weight in statistics, float32 `[batch, seq]`."""
         weights = torch.where(self.title_mask, 1.0, HISTORY_WEIGHT)
-        return weights if self.attention_mask is None else weights * (self.attention_mask != 0)
+        if self.attention_mask is not None:
+            weights = weights * (self.attention_mask != 0)
+        elif self.position_ids is not None:
+            # Packed rows end in positions 0, 0, 0: windows of one token that predict nothing.
+            following = self.position_ids.roll(-1, dims=1)
+            following[:, -1] = 0
+            padding = ~self.title_mask & (self.position_ids == 0) & (following == 0)
+            weights = weights * ~padding
+        return weights
 
 
 def last_hidden(model: PreTrainedModel, batch: CalibrationBatch) -> Tensor:
@@ -104,77 +109,31 @@ class CrossMoment:
         return self.total / self.weight
 
 
-@dataclass(frozen=True)
-class ValidTokens:
-    """The branching positions of a batch and, laid out flat, the children of their trie nodes."""
-
-    positions: Tensor
-    """int64 `[n]`, into the flattened batch"""
-    tokens: Tensor
-    """int64 `[pairs]`: child tokens, position after position"""
-    owners: Tensor
-    """int64 `[pairs]`: which of the n positions a pair belongs to"""
-    offsets: Tensor
-    """int64 `[n + 1]`, on the CPU"""
-
-
-def valid_tokens(node_ids: Tensor, trie: Trie) -> ValidTokens:
-    """Return the valid tokens at every position whose node id is not -1."""
-    flat = node_ids.flatten().cpu().numpy()
-    positions = np.flatnonzero(flat >= 0)
-    nodes = flat[positions]
-    starts, ends = trie.child_offsets[nodes], trie.child_offsets[nodes + 1]
-    counts = ends - starts
-    offsets = np.zeros(len(nodes) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    children = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
-    device = node_ids.device
-    return ValidTokens(
-        positions=torch.from_numpy(positions).to(device),
-        tokens=torch.from_numpy(trie.child_tokens[children].astype(np.int64)).to(device),
-        owners=torch.from_numpy(np.repeat(np.arange(len(nodes)), counts)).to(device),
-        offsets=torch.from_numpy(offsets),
-    )
-
-
-def valid_log_probs(model: PreTrainedModel, hidden: Tensor, valid: ValidTokens) -> Tensor:
-    """Return log p of every valid token, renormalised over its node's children, float32 `[pairs]`."""
-    vocabulary, columns = valid.tokens.unique(return_inverse=True)
-    head = model.lm_head.weight[vocabulary].float()
-    states = hidden.flatten(0, 1)[valid.positions].float()
-    pieces = []
-    for start in range(0, len(states), POSITIONS_AT_ONCE):
-        stop = min(start + POSITIONS_AT_ONCE, len(states))
-        pairs = slice(int(valid.offsets[start]), int(valid.offsets[stop]))
-        owners = valid.owners[pairs] - start
-        logits = (states[start:stop] @ head.T)[owners, columns[pairs]]
-        top = logits.detach().new_full((stop - start,), -torch.inf)
-        top.scatter_reduce_(0, owners, logits.detach(), "amax")
-        shifted = logits - top[owners]
-        total = shifted.new_zeros(stop - start).index_add(0, owners, shifted.exp())
-        pieces.append(shifted - total.log()[owners])
-    return torch.cat(pieces) if pieces else states.new_zeros(0)
+def title_scores(model: PreTrainedModel, batch: CalibrationBatch, valid: ValidTokens) -> ValidLogProbs:
+    """Return the log-probabilities over trie children at the batch's branching positions."""
+    at = batch.node_ids >= 0
+    return valid.log_probs(last_hidden(model, batch)[at], model.lm_head.weight, batch.node_ids[at])
 
 
 @torch.no_grad()
-def reference_log_probs(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], trie: Trie
-) -> list[Tensor]:
-    """Return each batch's valid-token log-probabilities, the answers a pruned model is held against."""
-    return [
-        valid_log_probs(model, last_hidden(model, batch), valid_tokens(batch.node_ids, trie))
-        for batch in batches
-    ]
+def reference_scores(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], valid: ValidTokens
+) -> list[ValidLogProbs]:
+    """Return each batch's title scores: the answers a pruned model is held against."""
+    return [title_scores(model, batch, valid) for batch in batches]
 
 
+@torch.no_grad()
 def calibration_kl(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], trie: Trie, reference: Sequence[Tensor]
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    valid: ValidTokens,
+    reference: Sequence[ValidLogProbs],
 ) -> float:
-    """Return the mean KL from the reference over valid tokens, nats per branching position."""
-    total, positions = 0.0, 0
-    for batch, expected, actual in zip(
-        batches, reference, reference_log_probs(model, batches, trie), strict=True
-    ):
-        total += float((expected.exp() * (expected - actual)).sum(dtype=torch.float64))
-        positions += int((batch.node_ids >= 0).sum())
-    return total / max(positions, 1)
+    """Return the mean KL from the reference over valid tokens, nats per title."""
+    total, titles = 0.0, 0
+    for batch, expected in zip(batches, reference, strict=True):
+        count = max(len(expected.root), 1)
+        total += count * float(valid_kl(expected, title_scores(model, batch, valid)))
+        titles += count
+    return total / titles

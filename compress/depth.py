@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.calibrate import CalibrationBatch, calibration_kl, reference_log_probs
+from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
 from compress.rebuild import rebuild
 from compress.stage import StageReport
 from models.families import Shape, non_embedding_parameters, resized_config
+from models.losses import ValidTokens
 from models.trie import Trie
 
 NOT_TRIED = -1.0
@@ -23,7 +24,8 @@ def prune_depth(
     Again and again the layer goes whose removal leaves the smallest KL to the model given. Layer 0
     always stays: it turns tokens into what all others read.
     """
-    reference = reference_log_probs(model, batches, trie)
+    valid = ValidTokens(trie, model.device)
+    reference = reference_scores(model, batches, valid)
     kept = list(range(model.config.num_hidden_layers))
     dropped: list[int] = []
     rounds: list[list[float]] = []
@@ -32,7 +34,7 @@ def prune_depth(
         tried = [NOT_TRIED] * model.config.num_hidden_layers
         for layer in kept[1:]:
             with _only_layers(model, [other for other in kept if other != layer]):
-                tried[layer] = calibration_kl(model, batches, trie, reference)
+                tried[layer] = calibration_kl(model, batches, valid, reference)
         gone = min(kept[1:], key=lambda layer: (tried[layer], -layer))
         kept.remove(gone)
         dropped.append(gone)

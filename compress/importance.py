@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.calibrate import CalibrationBatch, hooked, last_hidden, valid_log_probs, valid_tokens
-from models.trie import Trie
+from compress.calibrate import CalibrationBatch, hooked, title_scores
+from models.losses import ValidLogProbs, ValidTokens
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Importance:
 
 
 def gate_scores(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], trie: Trie, *, seed: int
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], valid: ValidTokens, *, seed: int
 ) -> Importance:
     """Return the scores of all units from one forward and one backward per batch.
 
@@ -65,11 +65,10 @@ def gate_scores(
         for batch in batches:
             for captured in seen.values():
                 captured.clear()
-            valid = valid_tokens(batch.node_ids, trie)
-            log_probs = valid_log_probs(model, last_hidden(model, batch), valid)
-            drawn = _sample(log_probs.detach(), valid.owners, len(valid.positions), generator)
+            scored = title_scores(model, batch, valid)
+            drawn = _draw(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
             units = [*seen["heads"], *seen["neurons"], *seen["norms"]]
-            gradients = torch.autograd.grad(log_probs[drawn].sum(), units)
+            gradients = torch.autograd.grad(drawn.sum(), units)
             # Sum over time of <a, gradient>, per row and unit.
             slopes = [(unit.detach() * grad).sum(1) for unit, grad in zip(units, gradients, strict=True)]
             by_head = torch.stack(slopes[:num_layers]).unflatten(-1, (-1, head_dim)).sum(-1)
@@ -86,9 +85,17 @@ def gate_scores(
     return Importance(heads / (2 * rows), neurons / (2 * rows), channels / (2 * rows))
 
 
-def _sample(log_probs: Tensor, owners: Tensor, positions: int, generator: torch.Generator) -> Tensor:
-    """Return the index of one pair per position, drawn by its probability (Gumbel-max)."""
-    uniform = torch.rand(len(log_probs), generator=generator, dtype=torch.float64).to(log_probs.device)
-    noisy = log_probs.double() - (-uniform.clamp_min(1e-300).log()).log()
-    best = noisy.new_full((positions,), -torch.inf).scatter_reduce(0, owners, noisy, "amax")
-    return (noisy == best[owners]).nonzero().squeeze(1)
+def _draw(scored: ValidLogProbs, nodes: Tensor, valid: ValidTokens, generator: torch.Generator) -> Tensor:
+    """Return the log-probabilities of one child per position, drawn by them (Gumbel-max)."""
+    root = (scored.root.detach() + _gumbel(scored.root, generator)).argmax(1, keepdim=True)
+    inner_nodes = nodes[nodes != 0]
+    counts = valid.offsets[inner_nodes + 1] - valid.offsets[inner_nodes]
+    owners = torch.arange(len(counts), device=nodes.device).repeat_interleave(counts)
+    noisy = scored.inner.detach() + _gumbel(scored.inner, generator)
+    best = noisy.new_full((len(counts),), -torch.inf).scatter_reduce(0, owners, noisy, "amax")
+    return torch.cat([scored.root.gather(1, root)[:, 0], scored.inner[noisy == best[owners]]])
+
+
+def _gumbel(like: Tensor, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    return -(-uniform.clamp_min(1e-300).log()).log().to(like.device)

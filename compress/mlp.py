@@ -10,13 +10,14 @@ from compress.calibrate import (
     CrossMoment,
     calibration_kl,
     observe,
-    reference_log_probs,
+    reference_scores,
 )
 from compress.importance import gate_scores
 from compress.rebuild import rebuild
 from compress.repair import refit_columns
 from compress.stage import StageReport
 from models.families import Shape, non_embedding_parameters, resized_config
+from models.losses import ValidTokens
 from models.trie import Trie
 
 PERCENTILES = 101
@@ -32,8 +33,9 @@ def prune_mlp(
     Args:
         seed: of the labels drawn for the gate scores.
     """
-    reference = reference_log_probs(model, batches, trie)
-    scores = gate_scores(model, batches, trie, seed=seed).neurons
+    valid = ValidTokens(trie, model.device)
+    reference = reference_scores(model, batches, valid)
+    scores = gate_scores(model, batches, valid, seed=seed).neurons
     order = scores.argsort(dim=1, descending=True, stable=True)
     kept = order[:, : shape.intermediate_size].sort(dim=1).values
     moments = [CrossMoment(neurons) for neurons in kept]
@@ -54,7 +56,7 @@ def prune_mlp(
     return pruned, StageReport(
         name="mlp",
         parameters=non_embedding_parameters(pruned.config),
-        calibration_kl=calibration_kl(pruned, batches, trie, reference),
+        calibration_kl=calibration_kl(pruned, batches, valid, reference),
         importances={"neurons": scores.quantile(quantiles, dim=1).T.tolist()},
         kept={"neurons": kept.tolist()},
     )

@@ -12,7 +12,7 @@ class StageReport:
     parameters: int
     """non-embedding parameters after the stage"""
     calibration_kl: float
-    """KL per title position over valid tokens, from the model that came in to the one that goes out, nats"""
+    """KL over valid tokens from the model that came in to the one that goes out, nats per title"""
     importances: dict[str, list[list[float]]] = field(default_factory=dict)
     """width: `query_heads` `[layers][heads]`, `kv_groups` `[layers][kv_heads]`, `channels` `[1][hidden]`;
     mlp: `neurons` `[layers][101]` (percentiles); depth: `layers` `[rounds][layers]`, the KL without each

@@ -13,7 +13,7 @@ from compress.calibrate import (
     CrossMoment,
     calibration_kl,
     observe,
-    reference_log_probs,
+    reference_scores,
 )
 from compress.heads import KeptHeads, choose_heads
 from compress.importance import gate_scores
@@ -21,6 +21,7 @@ from compress.rebuild import EMBEDDING, rebuild
 from compress.repair import refit_columns
 from compress.stage import StageReport
 from models.families import Shape, Traits, non_embedding_parameters, resized_config
+from models.losses import ValidTokens
 from models.trie import Trie
 
 
@@ -37,8 +38,9 @@ def prune_width(
         seed: of the labels drawn for the gate scores.
     """
     full = Shape.of(teacher.config)
-    reference = reference_log_probs(teacher, batches, trie)
-    scores = gate_scores(teacher, batches, trie, seed=seed)
+    valid = ValidTokens(trie, teacher.device)
+    reference = reference_scores(teacher, batches, valid)
+    scores = gate_scores(teacher, batches, valid, seed=seed)
     heads = choose_heads(scores.heads, full, shape)
     outputs = _refit_outputs(teacher, batches, heads)
     tensors = _sliced_heads(teacher, heads, outputs)
@@ -46,7 +48,7 @@ def prune_width(
     choices: dict[str, float | str] = {}
     if shape.hidden_size == full.hidden_size:
         model = rebuild(config, tensors)
-        kl = calibration_kl(model, batches, trie, reference)
+        kl = calibration_kl(model, batches, valid, reference)
     else:
         with _outputs_replaced(teacher, heads, outputs):
             statistics = stream_statistics(teacher, batches)
@@ -58,7 +60,7 @@ def prune_width(
         model, kl = None, float("inf")
         for name, basis in bases.items():
             candidate = narrowed(teacher.config, config, tensors, basis, readers[name])
-            candidate_kl = calibration_kl(candidate, batches, trie, reference)
+            candidate_kl = calibration_kl(candidate, batches, valid, reference)
             choices[f"hidden_{name}_kl"] = candidate_kl
             if candidate_kl < kl:
                 model, kl = candidate, candidate_kl
