@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from models.search import SearchRequest, SearchResult
+from models.trie import Trie
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Engine(Protocol):
 
     def recommend(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         """Return one result for each request."""
+        ...
+
+    def use_trie(self, trie: Trie) -> None:
+        """Recommend from another catalogue from now on."""
         ...
 
     def close(self) -> None:

@@ -39,6 +39,11 @@ class TransformersEngine:
         """Take the head's weight anew, after the model was trained further."""
         self._head = ChildHead(self.model.get_output_embeddings().weight, self.trie)
 
+    def use_trie(self, trie: Trie) -> None:
+        """Recommend from another catalogue from now on."""
+        self.trie = trie
+        self.refresh()
+
     def close(self) -> None:
         """Release the model."""
         del self.model, self._head

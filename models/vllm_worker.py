@@ -15,6 +15,7 @@ class TrieSearchExtension:
     """
 
     model_runner: Any
+    _trie_search: WorkerSearch
 
     def trie_search_obstacle(self) -> str | None:
         """Return why this worker cannot run the search, or None if it can."""
