@@ -119,8 +119,6 @@ class BestFirstSearch:
                     self._expanding[target] = score
                 node_scores, node_targets = node_scores[~opened], node_targets[~opened]
             self._push(node_scores, node_targets)
-        self._done.sort()
-        del self._done[self.request.k :]
 
     def result(self) -> SearchResult:
         """Return the best items found."""
@@ -136,7 +134,7 @@ class BestFirstSearch:
     @property
     def _threshold(self) -> float:
         """Negated score an item must reach to enter the list; equal scores enter, for the tie rule."""
-        return self._done[self._goal - 1][0] if len(self._done) >= self._goal else np.inf
+        return self._done[self._goal - 1][0] if 0 < self._goal <= len(self._done) else np.inf
 
     def _push(self, scores: np.ndarray, nodes: np.ndarray) -> None:
         """Open nodes: only a run's best stands in the heap, the rest wait behind it in order."""
@@ -204,9 +202,9 @@ class BestFirstSearch:
                     continue
                 self._done.append((-score, int(self.trie.item_order[row]), row))
                 entered, last = entered + 1, score
-        if len(self._done) > self._goal:
-            self._done.sort()
-            del self._done[self._goal :]
+        # Always in order: the threshold is read from the list's end.
+        self._done.sort()
+        del self._done[self._goal :]
 
 
 def run_searches(

@@ -1,0 +1,35 @@
+"""Ranking metrics by item id over the full catalogue, and their intervals."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+CUTOFFS = (5, 10)
+
+
+def target_ranks(ranked: Sequence[Sequence[int]], targets: np.ndarray) -> np.ndarray:
+    """Return each target's 1-based rank in its list, 0 where it is absent, int64 `[users]`."""
+    ranks = np.zeros(len(targets), np.int64)
+    for user, (rows, target) in enumerate(zip(ranked, targets.tolist(), strict=True)):
+        if target in rows:
+            ranks[user] = list(rows).index(target) + 1
+    return ranks
+
+
+def per_user_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """Return HR and NDCG at 5 and 10 for each user; with one target, NDCG@k = 1 / log2(rank + 1)."""
+    gain = np.where(ranks > 0, 1 / np.log2(np.maximum(ranks, 1) + 1), 0.0)
+    values: dict[str, np.ndarray] = {}
+    for cutoff in CUTOFFS:
+        hit = (ranks > 0) & (ranks <= cutoff)
+        values[f"hr@{cutoff}"] = hit.astype(np.float64)
+        values[f"ndcg@{cutoff}"] = np.where(hit, gain, 0.0)
+    return values
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of `values` `[users]`."""
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

