@@ -40,7 +40,8 @@ def _quality(compression: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for metric in ("hr@10", "ndcg@10"):
         cells = [with_interval(test[metric], test["ci95"][metric], 4) for test in tests]
-        rows.append((metric.upper(), *cells, f"{compression['retained'][metric]:.1%} kept"))
+        kept = compression["retained"][metric]
+        rows.append((metric.upper(), *cells, "no ratio to 0" if kept is None else f"{kept:.1%} kept"))
     return rows
 
 
