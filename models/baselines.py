@@ -1,22 +1,21 @@
 """What a model has to beat: popularity and the last-item bigram."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 
 from models.data import Dataset, Examples
 
 
-def rank_by_popularity(
-    data: Dataset, examples: Examples, k: int, *, exclude_history: bool
-) -> Iterator[Sequence[int]]:
+def rank_by_popularity(data: Dataset, examples: Examples, k: int) -> Iterator[Sequence[int]]:
     """Yield the k most popular items for each example."""
-    order = _popular_first(data)
-    for index in range(len(examples)):
-        yield _take(order, examples.histories[index], k, exclude_history)
+    order = _popular_first(data)[:k].tolist()
+    for _ in range(len(examples)):
+        yield order
 
 
-def rank_by_bigram(data: Dataset, examples: Examples, k: int, *, exclude_history: bool) -> Iterator[Sequence[int]]:
+def rank_by_bigram(data: Dataset, examples: Examples, k: int) -> Iterator[Sequence[int]]:
     """Yield the items that most often followed the history's last item in training, then the popular ones."""
     order = _popular_first(data)
     place = np.empty(len(order), np.int64)
@@ -31,17 +30,8 @@ def rank_by_bigram(data: Dataset, examples: Examples, k: int, *, exclude_history
         counts = followers.get(int(history[-1]), {}) if len(history) else {}
         first = sorted(counts, key=lambda item, counts=counts: (-counts[item], place[item]))  # type: ignore[misc]
         rest = (item for item in order.tolist() if item not in counts)
-        yield _take([*first, *_first(rest, k + len(history))], history, k, exclude_history)
+        yield list(islice(chain(first, rest), k))
 
 
 def _popular_first(data: Dataset) -> np.ndarray:
     return np.lexsort((np.array(data.catalog.item_ids), -data.catalog.popularity))
-
-
-def _first(items: Iterator[int], count: int) -> list[int]:
-    return [item for item, _ in zip(items, range(count), strict=False)]
-
-
-def _take(items: Sequence[int] | np.ndarray, history: np.ndarray, k: int, exclude_history: bool) -> list[int]:
-    seen = set(history.tolist()) if exclude_history else set()
-    return _first((int(item) for item in items if int(item) not in seen), k)

@@ -30,7 +30,11 @@ class ValidTokens:
         self.offsets = torch.from_numpy(trie.child_offsets).to(device)
         self.tokens = torch.from_numpy(trie.child_tokens.astype(np.int64)).to(device)
         self.root_tokens = self.tokens[: int(trie.child_offsets[1])]
-        self.inner_counts = (self.offsets[1:] - self.offsets[:-1]).tolist()
+        inner, compact = np.unique(trie.child_tokens[trie.child_offsets[1] :], return_inverse=True)
+        self.inner_tokens = torch.from_numpy(inner.astype(np.int64)).to(device)
+        # Column of each child in the product with `inner_tokens`; the root's own columns are never read.
+        columns = np.concatenate([np.zeros(int(trie.child_offsets[1]), np.int64), compact.astype(np.int64)])
+        self.inner_columns = torch.from_numpy(columns).to(device)
 
     def log_probs(self, hidden: torch.Tensor, weight: torch.Tensor, nodes: torch.Tensor) -> ValidLogProbs:
         """Score the children at each position.
@@ -44,7 +48,10 @@ class ValidTokens:
         root = torch.log_softmax((hidden[at_root] @ weight[self.root_tokens].T).float(), -1)
         inner_nodes = nodes[~at_root]
         flat, segments = self._flat(inner_nodes)
-        logits = torch.linalg.vecdot(weight[self.tokens[flat]], hidden[~at_root][segments]).float()
+        # One dense product over all tokens below the root, then the children's entries: on real catalogues
+        # much less memory traffic than gathering weight rows for every position.
+        dense = (hidden[~at_root] @ weight[self.inner_tokens].T).float()
+        logits = dense[segments, self.inner_columns[flat]]
         return ValidLogProbs(root, segment_log_softmax(logits, segments, len(inner_nodes)))
 
     def chosen(self, scored: ValidLogProbs, nodes: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:

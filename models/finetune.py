@@ -1,0 +1,269 @@
+"""Makes a full recommender: from scratch, or from a checkpoint, on a data set."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from models.catalog import Catalog
+from models.checkpoint import Recommender, read_recommender, write_recommender
+from models.data import Dataset, load_data
+from models.errors import LeanRecError, UsageError
+from models.evaluate import Evaluation, evaluate
+from models.families import check_supported
+from models.gguf_smollm2 import smollm2_checkpoint
+from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
+from models.presets import PRESETS, new_model, train_tokenizer
+from models.prompt import STREAM_TEMPLATE, PromptConfig
+from models.streams import PackedStreams, StreamConfig
+from models.transformers_engine import TransformersEngine
+
+SMOLLM2 = "smollm2-135m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What to train, on what, for how long."""
+
+    base: str
+    """A size preset, `smollm2-135m`, a checkpoint directory, or a hub id."""
+    data: str
+    out: Path
+    epochs: int | None = None
+    """Passes over the training targets; None for 16 from scratch and 3 from a checkpoint."""
+    learning_rate: float | None = None
+    """Peak; None for 3e-3 from scratch and 3e-4 from a checkpoint."""
+    batch_tokens: int = 2048
+    row_tokens: int = 256
+    max_history: int = 20
+    template: str = STREAM_TEMPLATE
+    separator: str = "\n"
+    loss: str = "valid"
+    """`valid`: softmax over the trie's children; `vocabulary`: over all tokens."""
+    dropout: float = 0.2
+    """On the residual branches' outputs and on the embeddings, while training from scratch."""
+    seed: int = 0
+    device: str = "auto"
+    report_to: tuple[str, ...] = ()
+    """Trainer integrations, for example tensorboard."""
+
+
+def finetune(config: FinetuneConfig) -> Path:
+    """Train and write a recommender directory; a finished one with the same settings is kept.
+
+    An interrupted run continues from its last checkpoint in `<out>.work`.
+
+    Raises:
+        UsageError: an unknown base or loss.
+        LeanRecError: the output is taken, or the data or the base cannot be used.
+    """
+    out = Path(config.out)
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in ("out", "device", "report_to")}
+    if out.exists():
+        if read_recommender(out).training.get("settings") == settings:
+            return out
+        raise LeanRecError(f"{out}: already exists with other settings; remove it or choose another --out")
+    if config.loss not in ("valid", "vocabulary"):
+        raise UsageError(f"loss {config.loss!r}: choose valid or vocabulary")
+    set_seed(config.seed)
+    work = out.with_name(out.name + ".work")
+    data = load_data(config.data)
+    prompt = PromptConfig(
+        template=config.template, separator=config.separator, max_history=config.max_history
+    )
+    model, tokenizer, scratch = _base(config, data.catalog, prompt, work)
+    recommender = Recommender(
+        directory=out, config=model.config, tokenizer=tokenizer, catalog=data.catalog, prompt=prompt
+    )
+    trainer = _trainer(config, recommender, model, data, work, scratch)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    if trainer.is_world_process_zero():
+        write_recommender(
+            out,
+            model=model.to(torch.float32),
+            tokenizer=tokenizer,
+            catalog=data.catalog,
+            prompt=prompt,
+            training={
+                "data": config.data,
+                "split": "given" if config.data != "ml-100k" and _given(config.data) else "leave-one-out",
+                "seed": config.seed,
+                "base": config.base,
+                "settings": settings,
+            },
+        )
+        shutil.rmtree(work, ignore_errors=True)
+    return out
+
+
+def _given(data: str) -> bool:
+    return (Path(data) / "test.parquet").is_file()
+
+
+def _base(
+    config: FinetuneConfig, catalog: Catalog, prompt: PromptConfig, work: Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
+    """Return the model to train, its tokenizer, and whether it is new."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    preset = PRESETS.get(config.base)
+    if preset is not None:
+        tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
+        return new_model(preset, tokenizer, max_positions=4096), tokenizer, True
+    source = str(smollm2_checkpoint(work / "base")) if config.base == SMOLLM2 else config.base
+    if not Path(source).is_dir() and source.count("/") != 1:
+        raise UsageError(
+            f"base {source!r}: not a preset ({', '.join(PRESETS)}, {SMOLLM2}), not a directory, and not a hub id "
+            "(owner/name)"
+        )
+    try:
+        check_supported(AutoConfig.from_pretrained(source, trust_remote_code=False), source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except LeanRecError:
+        raise
+    except Exception as error:  # hub and file errors come in many kinds
+        raise LeanRecError(f"base {source!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    return model, tokenizer, False
+
+
+def _trainer(
+    config: FinetuneConfig,
+    recommender: Recommender,
+    model: PreTrainedModel,
+    data: Dataset,
+    work: Path,
+    scratch: bool,
+) -> "RecommenderTrainer":
+    epochs = config.epochs or (16 if scratch else 3)
+    rows = PackedStreams(
+        data.train, recommender, StreamConfig(row_tokens=config.row_tokens), epochs=epochs, seed=config.seed
+    )
+    batch = max(1, config.batch_tokens // config.row_tokens)
+    steps_per_epoch = max(1, rows.rows_per_epoch // batch)
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    if config.device == "cuda" and not cuda:
+        raise UsageError("device cuda: no CUDA device is available; use --device cpu")
+    if scratch and config.dropout:
+        add_dropout(model, config.dropout)
+    return RecommenderTrainer(
+        recommender=recommender,
+        data=data,
+        loss=config.loss,
+        model=model,
+        train_dataset=rows,
+        args=TrainingArguments(
+            output_dir=str(work),
+            num_train_epochs=1,  # the rows of all epochs are one pass: each is drawn once
+            per_device_train_batch_size=batch,
+            # Rows come in a seeded random order already, and any of them can be made on resume.
+            train_sampling_strategy="sequential",
+            learning_rate=config.learning_rate or (3e-3 if scratch else 3e-4),
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, steps_per_epoch * epochs // 10),
+            weight_decay=0.1 if scratch else 0.01,
+            adam_beta2=0.95,
+            max_grad_norm=1.0,
+            bf16=cuda,
+            use_cpu=not cuda,
+            eval_strategy="steps",
+            eval_steps=max(1, steps_per_epoch * epochs // 4),
+            save_strategy="steps",
+            save_steps=max(1, steps_per_epoch * epochs // 4),
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="ndcg@10",
+            greater_is_better=True,
+            logging_steps=max(1, steps_per_epoch // 4),
+            report_to=list(config.report_to),
+            remove_unused_columns=False,
+            label_names=[],
+            dataloader_drop_last=True,
+            dataloader_pin_memory=cuda,
+            seed=config.seed,
+            disable_tqdm=False,
+        ),
+    )
+
+
+class RecommenderTrainer(Trainer):
+    """Trains on packed rows; the model is judged by NDCG@10 on validation users."""
+
+    def __init__(self, *, recommender: Recommender, data: Dataset, loss: str, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.recommender = recommender
+        self.data = data
+        self.loss = loss
+        self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
+        self.model_accepts_loss_kwargs = False
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor:
+        """Return the negative log-likelihood per title (valid) or per token (vocabulary)."""
+        hidden = final_hidden(model, inputs)
+        weight = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        nodes, next_ids = inputs["node_ids"].flatten(), inputs["next_ids"].flatten()
+        if self.loss == "vocabulary":
+            learnt = next_ids >= 0
+            return vocabulary_cross_entropy(hidden[learnt], weight, next_ids[learnt])
+        learnt = nodes >= 0
+        return valid_cross_entropy(self.valid_tokens, hidden[learnt], weight, nodes[learnt], next_ids[learnt])
+
+    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
+        """Return validation metrics under exact constrained search."""
+        model = self.accelerator.unwrap_model(self.model)
+        found = evaluate_model(model, self.recommender, self.data, split="valid")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def final_hidden(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return the final hidden states of packed rows, fp32 `[rows * row_tokens, hidden]`.
+
+    Position ids that start anew keep attention inside each packed window. The whole model is called, not
+    its body, so that wrappers for several devices see the forward pass.
+    """
+    output = model(
+        input_ids=rows["input_ids"],
+        position_ids=rows["position_ids"],
+        use_cache=False,
+        output_hidden_states=True,
+        logits_to_keep=1,
+    )
+    return output.hidden_states[-1].flatten(0, 1).float()
+
+
+def add_dropout(model: PreTrainedModel, share: float) -> None:
+    """Drop units of the embeddings and of what each layer adds, in training only; Llama has no dropout itself."""
+
+    def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(output, share, module.training)
+
+    model.get_input_embeddings().register_forward_hook(drop)
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_hook(drop)
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    whole = [path for path in found if (path / "trainer_state.json").is_file()]
+    return str(whole[-1]) if whole else None
+
+
+def evaluate_model(
+    model: PreTrainedModel, recommender: Recommender, data: Dataset, *, split: str, progress: str | None = None
+) -> Evaluation:
+    """Return the quality of an in-memory model on the validation or test users."""
+    examples = data.test if split == "test" else data.valid
+    engine = TransformersEngine(model, recommender.trie, batch_size=64)
+    return evaluate(engine, recommender.prompter, examples, progress=progress)
