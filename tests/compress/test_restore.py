@@ -1,0 +1,270 @@
+"""Distillation: the loss, which positions it sees, the teacher's cache, and a restoration that resumes."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from compress import distill
+from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
+from compress.restore import RestoreSettings, restore, training_steps
+from compress.rows import collate, make_rows
+from compress.teacher import cache_teacher, open_states
+from models.checkpoint import load_model, read_recommender
+from models.errors import LeanRecError
+from models.losses import ValidTokens, vocabulary_kl
+from models.streams import StreamConfig
+from tests.tiny import make_tiny_recommender, tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tiny") / "full"
+    data = make_tiny_recommender(directory)
+    return read_recommender(directory), data
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return load_model(tiny[0])
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    recommender, data = tiny
+    return make_rows(data.train, recommender, StreamConfig(row_tokens=128), tokens=3000, epochs=2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def states(teacher, rows, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("states")
+    cache_teacher(teacher, rows, directory)
+    return open_states(rows, directory)
+
+
+@pytest.fixture
+def student(tiny):
+    vocabulary = tiny[0].config.vocab_size
+    return tiny_model("llama", vocabulary, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, seed=5)
+
+
+def loss_of(hidden, head, teacher_hidden, teacher_head, nodes, trie, weights=LossWeights()):  # noqa: B008
+    return distillation_loss(
+        hidden,
+        head,
+        teacher_hidden,
+        teacher_head,
+        nodes=nodes,
+        valid_tokens=ValidTokens(trie),
+        weights=weights,
+    )
+
+
+def final_hidden(model, batch):
+    output = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    return output.flatten(0, 1)[batch["positions"]]
+
+
+def test_teacher_as_student_loses_nothing_and_a_shift_by_one_shows(tiny, teacher, rows, states):
+    batch = collate([rows[i] for i in range(4)])
+    cached = torch.cat([torch.from_numpy(states.row(i).copy()) for i in range(4)])
+    head = teacher.get_output_embeddings().weight.detach()
+    hidden = final_hidden(teacher, batch).detach()
+    same = loss_of(hidden, head, cached, head, batch["nodes"], tiny[0].trie)
+    assert float(same.valid) < 1e-5
+    assert float(same.vocabulary) < 1e-5
+    for shift in (1, -1):
+        shifted = loss_of(hidden, head, cached.roll(shift, 0), head, batch["nodes"], tiny[0].trie)
+        assert float(shifted.valid) > 0.05
+        assert float(shifted.vocabulary) > 0.05
+
+
+def test_every_title_token_is_seen_at_the_position_that_predicts_it(tiny, teacher, rows, states):
+    """Against the naive way: the prefix alone through the model, the trie walked token by token."""
+    trie = tiny[0].trie
+    head = teacher.get_output_embeddings().weight.detach()
+    batch = collate([rows[0]])
+    ids, places = rows[0]["input_ids"].tolist(), rows[0]["position_ids"].tolist()
+    cached = torch.from_numpy(states.row(0).copy()).float()
+    starts = [p for p, place in enumerate(places) if place == 0 and ids[p] == tiny[0].tokenizer.bos_token_id]
+    assert len(starts) > 1, "the row holds several windows, so that leaks between them would show"
+    seen = set(batch["positions"].tolist())
+    leaf_starts = []
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        window = ids[start:stop]
+        while window and window[-1] == tiny[0].tokenizer.pad_token_id:
+            window.pop()
+        assert {start + at for at in range(len(window) - 1)} <= seen, "first title token included"
+        leaf_starts.append(start)
+        title = []
+        for at in range(len(window) - 1):
+            position = start + at
+            index = batch["positions"].tolist().index(position)
+            with torch.inference_mode():
+                naive = teacher(torch.tensor([window[: at + 1]])).logits[0, -1]
+            assert torch.allclose(naive, cached[index] @ head.T, atol=0.05)
+            node = int(batch["nodes"][index])
+            following = [t for t in tiny[0].prompter.title_tokens if t[: len(title)] == title]
+            choices = {t[len(title)] for t in following}
+            if len(choices) > 1:
+                assert trie.path(node).tolist() == title
+                assert set(trie.children(node)[0].tolist()) == choices
+            else:
+                assert node == -1
+            title = [*title, window[at + 1]]
+            if title in tiny[0].prompter.title_tokens:
+                title = []
+    assert seen == {p for p in seen if p >= leaf_starts[0]}
+    padding = [p for p, token in enumerate(ids) if token == tiny[0].tokenizer.pad_token_id]
+    assert not seen & set(padding)
+
+
+def test_first_title_token_has_a_gradient_and_padding_has_none(tiny, teacher, rows, states):
+    batch = collate([rows[0]])
+    hidden = torch.randn(len(batch["positions"]), 128, requires_grad=True)
+    head = teacher.get_output_embeddings().weight.detach()
+    cached = torch.from_numpy(states.row(0).copy())
+    only_valid = LossWeights(valid=1.0, vocabulary=0.0)
+    loss_of(hidden, head, cached, head, batch["nodes"], tiny[0].trie, only_valid).total.backward()
+    norms = hidden.grad.norm(dim=1)
+    first = rows[0]["position_ids"][batch["positions"]] == 0
+    assert first.any()
+    assert (norms[first] > 0).all()
+    assert (norms[batch["nodes"] < 0] == 0).all(), "forced tokens are not in the valid-token loss"
+
+
+def test_chunked_kl_has_the_value_and_gradients_of_the_plain_one(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(distill, "CHUNK_ELEMENTS", 50 * 7)
+    hidden = torch.randn(23, 16, requires_grad=True)
+    head = torch.randn(50, 16, requires_grad=True)
+    teacher_hidden, teacher_head = torch.randn(23, 24), torch.randn(50, 24)
+    plain = vocabulary_kl(teacher_hidden @ teacher_head.T, hidden @ head.T)
+    wanted = torch.autograd.grad(3 * plain, (hidden, head))
+    ours = chunked_vocabulary_kl(hidden, head, teacher_hidden, teacher_head)
+    got = torch.autograd.grad(3 * ours, (hidden, head))
+    assert torch.allclose(plain, ours, rtol=1e-5)
+    for a, b in zip(wanted, got, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_killed_cache_is_finished_with_the_same_bytes(teacher, rows, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    cache_teacher(teacher, rows, whole)
+    cache_teacher(teacher, rows, cut, process=1, processes=2)
+    assert len(list(cut.iterdir())) < len(list(whole.iterdir()))
+    cache_teacher(teacher, rows, cut)
+    for path in whole.iterdir():
+        assert path.read_bytes() == (cut / path.name).read_bytes()
+
+
+def test_teacher_states_beyond_fp16_are_refused(tiny, rows, tmp_path):
+    model = load_model(tiny[0])
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e6)
+    with pytest.raises(LeanRecError, match="fp16"):
+        cache_teacher(model, rows, tmp_path)
+
+
+SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, seed=3)
+
+
+def run_restore(student, tiny, teacher, rows, states, directory, validate, settings=SETTINGS):
+    return restore(
+        student,
+        teacher_head=teacher.get_output_embeddings().weight.detach().clone(),
+        states=states,
+        rows=rows,
+        trie=tiny[0].trie,
+        validate=validate,
+        directory=directory,
+        settings=settings,
+    )
+
+
+def mean_kl(model, tiny, teacher, rows, states):
+    """Distance from the teacher over valid tokens on all rows."""
+    with torch.inference_mode():
+        batch = collate([rows[i] for i in range(len(rows))])
+        cached = torch.cat([torch.from_numpy(states.row(i).copy()) for i in range(len(rows))])
+        heads = [m.get_output_embeddings().weight for m in (model, teacher)]
+        loss = loss_of(final_hidden(model, batch), heads[0], cached, heads[1], batch["nodes"], tiny[0].trie)
+    return float(loss.valid)
+
+
+def test_restoration_comes_closer_and_resumes_to_the_same_bytes(
+    student, tiny, teacher, rows, states, tmp_path
+):
+    before = mean_kl(student, tiny, teacher, rows, states)
+
+    calls = []
+
+    def validate(model):
+        calls.append(1)
+        return mean_kl(model, tiny, teacher, rows, states)
+
+    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    whole = run_restore(student, tiny, teacher, rows, states, tmp_path / "whole", validate)
+    assert mean_kl(whole.model, tiny, teacher, rows, states) < 0.8 * before
+    steps, every = training_steps(rows, SETTINGS)
+    assert whole.course.steps == steps
+    assert steps % every == 0
+    assert whole.course.curve[0]["tokens"] == 0, "the state right after the cut is on the curve"
+    assert whole.course.losses[-1]["kl_valid"] < whole.course.losses[0]["kl_valid"]
+
+    evaluations = len(whole.course.curve)
+    assert len(calls) == evaluations
+    calls.clear()
+
+    def killed(model):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return validate(model)
+
+    student.load_state_dict(start)
+    with pytest.raises(KeyboardInterrupt):
+        run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", killed)
+    half = tmp_path / "cut" / f"checkpoint-{3 * every}"
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")  # killed while saving
+    student.load_state_dict(start)
+    resumed = run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", validate)
+    assert len(calls) == evaluations, "it went on from the third, it did not start anew"
+    assert resumed.course.curve == whole.course.curve
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+    # Finished, but its step was not saved yet: nothing is trained again.
+    again = run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", validate)
+    assert len(calls) == evaluations
+    assert torch.equal(
+        again.model.state_dict()["model.norm.weight"], whole.model.state_dict()["model.norm.weight"]
+    )
+
+
+def test_the_best_state_is_kept_not_the_last(student, tiny, teacher, rows, states, tmp_path):
+    values = iter([5.0, 4.0, 1.0, 2.0, 3.0, 3.5])
+    result = run_restore(student, tiny, teacher, rows, states, tmp_path, lambda model: next(values))
+    _, every = training_steps(rows, SETTINGS)
+    assert result.course.best_step == 2 * every
+    state = json.loads((tmp_path / f"checkpoint-{2 * every}" / "trainer_state.json").read_text())
+    assert state["best_metric"] == 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_with_an_error(student, tiny, teacher, rows, states, tmp_path):
+    with torch.no_grad():
+        student.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(LeanRecError, match="not finite"):
+        run_restore(
+            student,
+            tiny,
+            teacher,
+            rows,
+            states,
+            tmp_path,
+            lambda model: 1.0,
+            dataclasses.replace(SETTINGS, tokens=100),
+        )
