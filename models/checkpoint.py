@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from models.atomic import new_directory, write_json, write_text
 from models.catalog import Catalog, file_sha256, read_catalog, write_catalog
 from models.errors import LeanRecError
-from models.prompt import Prompter, PromptConfig
+from models.prompt import PromptConfig, Prompter
 from models.trie import Trie, build_trie
 
 if TYPE_CHECKING:
@@ -131,7 +131,9 @@ def check_weights(directory: Path) -> None:
     for name in names:
         path = directory / Path(name).name
         if not path.is_file():
-            others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pt"))
+            others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
+                p.name for p in directory.glob("*.pt")
+            )
             hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
             raise LeanRecError(f"{path}: no such file{hint}")
         read_safetensors_header(path)
@@ -156,7 +158,8 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
             raise LeanRecError(f"{path}: not a safetensors file (its header is not readable)") from error
     if size != 8 + length + end:
         raise LeanRecError(
-            f"{path}: is {size} bytes where its header says {8 + length + end}; the copy is incomplete or damaged"
+            f"{path}: is {size} bytes where its header says {8 + length + end}; "
+            "the copy is incomplete or damaged"
         )
     return header
 
@@ -183,7 +186,9 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:
-        raise LeanRecError(f"{recommender.directory}: the model cannot be loaded ({_first_line(error)})") from error
+        raise LeanRecError(
+            f"{recommender.directory}: the model cannot be loaded ({_first_line(error)})"
+        ) from error
     missing = sorted(info["missing_keys"])
     wrong = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
     if missing or wrong:
@@ -192,7 +197,9 @@ def load_model(
         raise LeanRecError(f"{recommender.directory}: {name} {problem}")
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise LeanRecError(f"{recommender.directory}: {name} holds values that are not finite (NaN or infinity)")
+            raise LeanRecError(
+                f"{recommender.directory}: {name} holds values that are not finite (NaN or infinity)"
+            )
     return model.to(device).eval()
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -107,7 +106,7 @@ def _leave_one_out(source: Source, catalog: Catalog) -> Dataset:
 
 
 def _ready_made(source: Source, catalog: Catalog) -> Dataset:
-    """Given splits, unchanged; training rows of a user are joined into streams where one continues another."""
+    """Given splits, unchanged; a user's training rows are joined into streams where one continues another."""
     parts = {name: source.examples(name, catalog) for name in ("train", "valid", "test")}
     for name, (users, _, _, _) in parts.items():
         if not users:
@@ -144,5 +143,3 @@ def _join_rows(users: Sequence[str], histories: Sequence[np.ndarray], targets: n
         owners.append(user)
         streams.append([*history.tolist(), target])
     return _sequences(owners, [np.array(stream, np.int32) for stream in streams])
-
-

@@ -42,7 +42,12 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Engine, prompter: Prompter, examples: Examples, *, batch_size: int = 64, progress: str | None = None
+    engine: Engine,
+    prompter: Prompter,
+    examples: Examples,
+    *,
+    batch_size: int = 64,
+    progress: str | None = None,
 ) -> Evaluation:
     """Rank the catalogue for every example and return the quality.
 

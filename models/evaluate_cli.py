@@ -1,7 +1,6 @@
 """`evaluate`: the quality of a recommender directory on held-out users."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     from models.atomic import write_json
     from models.checkpoint import load_model, read_recommender
     from models.data import load_data
+    from models.engine import Engine
     from models.errors import UsageError
     from models.evaluate import evaluate, evaluate_baselines
 
@@ -37,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     data = load_data(str(source))
     if data.catalog.item_ids != recommender.catalog.item_ids:
         raise UsageError(f"data {source!r}: its items differ from the catalogue of {options.model}")
+    engine: Engine
     if options.engine == "vllm":
         from models.vllm_engine import open_engine
 
@@ -52,7 +53,10 @@ def main(argv: list[str] | None = None) -> int:
     result = {"data": data.name, "split": options.split, "engine": options.engine}
     result |= {name: row.to_json() for name, row in rows.items()}
     for name, row in rows.items():
-        cells = (f"{metric} {row.metrics[metric]:.4f} [{low:.4f}, {high:.4f}]" for metric, (low, high) in row.ci95.items())
+        cells = (
+            f"{metric} {row.metrics[metric]:.4f} [{low:.4f}, {high:.4f}]"
+            for metric, (low, high) in row.ci95.items()
+        )
         print(f"{name:<11}" + "  ".join(cells))
     if options.json:
         write_json(options.json, result)

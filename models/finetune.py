@@ -62,7 +62,11 @@ def finetune(config: FinetuneConfig) -> Path:
         LeanRecError: the output is taken, or the data or the base cannot be used.
     """
     out = Path(config.out)
-    settings = {name: str(value) for name, value in asdict(config).items() if name not in ("out", "device", "report_to")}
+    settings = {
+        name: str(value)
+        for name, value in asdict(config).items()
+        if name not in ("out", "device", "report_to")
+    }
     if out.exists():
         if read_recommender(out).training.get("settings") == settings:
             return out
@@ -79,7 +83,7 @@ def finetune(config: FinetuneConfig) -> Path:
     recommender = Recommender(
         directory=out, config=model.config, tokenizer=tokenizer, catalog=data.catalog, prompt=prompt
     )
-    trainer = _trainer(config, recommender, model, data, work, scratch)
+    trainer = _trainer(config, recommender, model, data, work=work, scratch=scratch)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if trainer.is_world_process_zero():
         write_recommender(
@@ -117,19 +121,25 @@ def _base(
     source = str(smollm2_checkpoint(work / "base")) if config.base == SMOLLM2 else config.base
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(
-            f"base {source!r}: not a preset ({', '.join(PRESETS)}, {SMOLLM2}), not a directory, and not a hub id "
-            "(owner/name)"
+            f"base {source!r}: not a preset ({', '.join(PRESETS)}, {SMOLLM2}), not a directory, "
+            "and not a hub id (owner/name)"
         )
     try:
         check_supported(AutoConfig.from_pretrained(source, trust_remote_code=False), source)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, attn_implementation="sdpa"
+            source,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            use_safetensors=True,
+            attn_implementation="sdpa",
         )
     except LeanRecError:
         raise
     except Exception as error:  # hub and file errors come in many kinds
-        raise LeanRecError(f"base {source!r}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise LeanRecError(
+            f"base {source!r}: cannot be loaded ({str(error).strip().splitlines()[0]})"
+        ) from error
     return model, tokenizer, False
 
 
@@ -138,6 +148,7 @@ def _trainer(
     recommender: Recommender,
     model: PreTrainedModel,
     data: Dataset,
+    *,
     work: Path,
     scratch: bool,
 ) -> "RecommenderTrainer":
@@ -158,6 +169,7 @@ def _trainer(
         loss=config.loss,
         model=model,
         train_dataset=rows,
+        eval_dataset=rows,  # not read: evaluation ranks the validation users; Trainer asks for one
         args=TrainingArguments(
             output_dir=str(work),
             num_train_epochs=1,  # the rows of all epochs are one pass: each is drawn once
@@ -222,7 +234,7 @@ class RecommenderTrainer(Trainer):
         found = evaluate_model(model, self.recommender, self.data, split="valid")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
 
 
@@ -243,7 +255,7 @@ def final_hidden(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tenso
 
 
 def add_dropout(model: PreTrainedModel, share: float) -> None:
-    """Drop units of the embeddings and of what each layer adds, in training only; Llama has no dropout itself."""
+    """Drop units of the embeddings and of what each layer adds, in training only: Llama has no dropout."""
 
     def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(output, share, module.training)
@@ -261,7 +273,12 @@ def _last_checkpoint(work: Path) -> str | None:
 
 
 def evaluate_model(
-    model: PreTrainedModel, recommender: Recommender, data: Dataset, *, split: str, progress: str | None = None
+    model: PreTrainedModel,
+    recommender: Recommender,
+    data: Dataset,
+    *,
+    split: str,
+    progress: str | None = None,
 ) -> Evaluation:
     """Return the quality of an in-memory model on the validation or test users."""
     examples = data.test if split == "test" else data.valid

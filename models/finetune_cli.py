@@ -23,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--learning-rate", type=float, help="peak learning rate")
     arguments.add_argument("--batch-tokens", type=_positive, default=2048, help="tokens a step and device")
     arguments.add_argument("--max-history", type=_positive, default=20, help="titles a prompt holds")
-    arguments.add_argument("--template", help="file with a Jinja2 prompt template; `history` is a list of titles")
+    arguments.add_argument(
+        "--template", help="file with a Jinja2 prompt template; `history` is a list of titles"
+    )
     arguments.add_argument("--separator", default="\n", help="end marker of a title")
     arguments.add_argument(
         "--loss",
@@ -33,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    arguments.add_argument("--report-to", action="append", default=[], help="a Trainer logger, e.g. tensorboard")
+    arguments.add_argument(
+        "--report-to", action="append", default=[], help="a Trainer logger, e.g. tensorboard"
+    )
     return arguments
 
 

@@ -38,7 +38,9 @@ class ChildHead:
         at_root = np.flatnonzero(ids == 0)
         if len(at_root):
             # All requests share the root's children: one dense product.
-            scores = torch.log_softmax(hidden[torch.from_numpy(at_root).to(hidden.device)] @ self._root_weight.T, -1)
+            scores = torch.log_softmax(
+                hidden[torch.from_numpy(at_root).to(hidden.device)] @ self._root_weight.T, -1
+            )
             for position, row in zip(at_root.tolist(), scores.cpu().numpy(), strict=True):
                 results[position] = row
         inner = np.flatnonzero(ids)
@@ -52,8 +54,8 @@ class ChildHead:
             weight = self.weight[self._children[torch.from_numpy(flat).to(device)]]
             states = hidden[torch.from_numpy(inner).to(device)]
             logits = torch.linalg.vecdot(weight, states[segments])
-            scores = segment_log_softmax(logits, segments, len(inner)).cpu().numpy()
-            for position, row in zip(inner.tolist(), np.split(scores, ends[:-1]), strict=True):
+            flat_scores = segment_log_softmax(logits, segments, len(inner)).cpu().numpy()
+            for position, row in zip(inner.tolist(), np.split(flat_scores, ends[:-1]), strict=True):
                 results[position] = row
         return results  # type: ignore[return-value]
 
@@ -63,5 +65,7 @@ def segment_log_softmax(logits: torch.Tensor, segments: torch.Tensor, count: int
     highest = torch.full((count,), -torch.inf, dtype=logits.dtype, device=logits.device)
     highest = highest.scatter_reduce(0, segments, logits.detach(), "amax")
     shifted = logits - highest[segments]
-    total = torch.zeros(count, dtype=logits.dtype, device=logits.device).scatter_add(0, segments, shifted.exp())
+    total = torch.zeros(count, dtype=logits.dtype, device=logits.device).scatter_add(
+        0, segments, shifted.exp()
+    )
     return shifted - total.log()[segments]

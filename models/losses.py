@@ -73,11 +73,15 @@ class ValidTokens:
 
 
 def valid_cross_entropy(
-    valid: ValidTokens, hidden: torch.Tensor, weight: torch.Tensor, nodes: torch.Tensor, next_ids: torch.Tensor
+    valid: ValidTokens,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    nodes: torch.Tensor,
+    next_ids: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the next tokens, softmax over trie children (MSL, 2504.04178).
+    """Return the mean negative log-likelihood of the next tokens, softmax over trie children.
 
-    The mean is over titles (root positions), so that it estimates the NLL per item.
+    The mean is over titles (root positions): it estimates the NLL per item. Source: MSL, arXiv 2504.04178.
     """
     scored = valid.log_probs(hidden, weight, nodes)
     return -valid.chosen(scored, nodes, next_ids).sum() / (nodes == 0).sum().clamp(min=1)
@@ -91,13 +95,19 @@ def valid_kl(teacher: ValidLogProbs, student: ValidLogProbs) -> torch.Tensor:
     return (root + inner) / titles
 
 
-def vocabulary_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, next_ids: torch.Tensor) -> torch.Tensor:
+def vocabulary_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, next_ids: torch.Tensor
+) -> torch.Tensor:
     """Return the mean cross-entropy over the whole vocabulary, per token."""
     return F.cross_entropy((hidden @ weight.T).float(), next_ids)
 
 
 def vocabulary_kl(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:
-    """Return the forward KL(teacher || student) at temperature 1, mean over positions `[positions, vocabulary]`."""
+    """Return the forward KL(teacher || student) at temperature 1, the mean over positions.
+
+    Args:
+        teacher_logits, student_logits: `[positions, vocabulary]`.
+    """
     return F.kl_div(
         torch.log_softmax(student_logits.float(), -1),
         torch.log_softmax(teacher_logits.float(), -1),

@@ -47,7 +47,9 @@ PRESETS = {
 }
 
 
-def train_tokenizer(titles: Sequence[str], popularity: np.ndarray, vocabulary: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(
+    titles: Sequence[str], popularity: np.ndarray, vocabulary: int
+) -> "PreTrainedTokenizerFast":
     """Return a byte-level BPE tokenizer learnt on the titles, each counted by the root of its popularity.
 
     Merges may cross words but not lines, so a frequent title is a few tokens and the title's end is its own.

@@ -27,7 +27,7 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         if not self.separator:
-            raise LeanRecError("prompt.separator: is empty; titles need an end marker, for example \"\\n\"")
+            raise LeanRecError('prompt.separator: is empty; titles need an end marker, for example "\\n"')
         if self.max_history < 1:
             raise LeanRecError(f"prompt.max_history: {self.max_history} is not a positive number")
 
@@ -62,7 +62,7 @@ class Prompter:
 
     @cached_property
     def start_tokens(self) -> list[int]:
-        """What precedes the first title of a stream: the start token, or the separator where there is none."""
+        """What precedes a stream's first title: the start token, or the separator where there is none."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None else self._ids(self.config.separator)
 

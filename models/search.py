@@ -54,7 +54,7 @@ class SearchResult:
 
 @dataclass
 class BestFirstSearch:
-    """One request's search: `select` nodes, `feed` their children's log-probabilities, until none is asked."""
+    """One request's search: `select` nodes, `feed` their children's log-probabilities, until none is left."""
 
     trie: Trie
     request: SearchRequest
@@ -144,7 +144,9 @@ class BestFirstSearch:
             return
         order = np.argsort(-scores, kind="stable")
         self._runs.append((-scores[order], nodes[order]))
-        self._newest += zip((-scores[order])[: self.settings.width].tolist(), nodes[order].tolist(), strict=False)
+        self._newest += zip(
+            (-scores[order])[: self.settings.width].tolist(), nodes[order].tolist(), strict=False
+        )
         heapq.heappush(self._open, (float(-scores[order[0]]), int(nodes[order[0]]), len(self._runs) - 1, 0))
 
     def _pop(self) -> tuple[float, int]:
@@ -168,7 +170,8 @@ class BestFirstSearch:
     def _dive(self) -> list[tuple[float, int]]:
         """Take the best of the newest nodes: at the end of the budget a full list beats a certificate."""
         wanted = {node for _, node in sorted(self._newest)[: self.settings.width]}
-        chosen, others = [], []
+        chosen: list[tuple[float, int]] = []
+        others: list[tuple[float, int]] = []
         while self._open and len(chosen) < len(wanted):
             score, node = self._pop()
             (chosen if node in wanted else others).append((score, node))

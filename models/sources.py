@@ -25,7 +25,8 @@ ML100K_SHIPPED_IN = "recbole==1.2.1"
 class Source(Protocol):
     """A data set's rows before any split."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     @property
     def has_splits(self) -> bool: ...
@@ -67,7 +68,9 @@ def find_source(spec: str) -> Source:
     inter, item = sorted(folder.glob("*.inter")), sorted(folder.glob("*.item"))
     if inter and item:
         return RecBoleSource(folder.name, inter[0], item[0])
-    items = next((folder / f"items.{ext}" for ext in ("parquet", "csv") if (folder / f"items.{ext}").is_file()), None)
+    items = next(
+        (folder / f"items.{ext}" for ext in ("parquet", "csv") if (folder / f"items.{ext}").is_file()), None
+    )
     if items is None:
         raise UsageError(
             f"data {spec!r}: has neither items.parquet or items.csv nor RecBole's .inter and .item files"
@@ -92,7 +95,9 @@ class FolderSource:
         ids = [i for t in tables for i in t["item_id"].to_pylist()]
         if any(i is None for i in ids):
             raise LeanRecError(f"{self.items_path}: has rows without item_id")
-        return make_catalog(ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path))
+        return make_catalog(
+            ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path)
+        )
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
         for extension in ("parquet", "csv"):
@@ -100,13 +105,19 @@ class FolderSource:
             if path.is_file():
                 columns = {"user_id": pa.string(), "item_id": pa.string(), "timestamp": None}
                 return _collect(path, _batches(path, columns), catalog)
-        raise LeanRecError(f"{self.folder}: has no interactions.parquet or interactions.csv, and no ready splits")
+        raise LeanRecError(
+            f"{self.folder}: has no interactions.parquet or interactions.csv, and no ready splits"
+        )
 
     def examples(
         self, split: str, catalog: Catalog
     ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
         path = self.folder / f"{split}.parquet"
-        columns = {"user_id": pa.string(), "history_item_ids": pa.list_(pa.string()), "target_item_id": pa.string()}
+        columns = {
+            "user_id": pa.string(),
+            "history_item_ids": pa.list_(pa.string()),
+            "target_item_id": pa.string(),
+        }
         last_days = self._last_days() if split == "test" else {}
         users: list[str] = []
         histories: list[np.ndarray] = []
@@ -160,12 +171,16 @@ class RecBoleSource:
         table = pa.Table.from_batches(list(_tab_separated(self.item)))
         title = next((c for c in table.column_names if c == "title" or c.endswith("_title")), None)
         if title is None or "item_id" not in table.column_names:
-            raise LeanRecError(f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}")
+            raise LeanRecError(
+                f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}"
+            )
         titles = table[title].to_pylist()
         if "release_year" in table.column_names:
             # Several films share a name; the year tells them apart, as in MovieLens' own titles.
             years = table["release_year"].to_pylist()
-            titles = [f"{t} ({y})" if t and y and y.isdigit() else t for t, y in zip(titles, years, strict=True)]
+            titles = [
+                f"{t} ({y})" if t and y and y.isdigit() else t for t, y in zip(titles, years, strict=True)
+            ]
         return make_catalog(table["item_id"].to_pylist(), titles, None, str(self.item))
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
@@ -217,7 +232,9 @@ def _batches(
             batches = file.iter_batches(columns=wanted)
         missing = set(columns) - set(names)
         if missing:
-            raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}")
+            raise LeanRecError(
+                f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}"
+            )
         for batch in batches:
             table = pa.Table.from_batches([batch])
             for name, kind in columns.items():
@@ -235,7 +252,9 @@ def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
             column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
         values = column.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise LeanRecError(f"{path}: timestamp must be seconds or a date ({str(error).splitlines()[0]})") from error
+        raise LeanRecError(
+            f"{path}: timestamp must be seconds or a date ({str(error).splitlines()[0]})"
+        ) from error
     numbers = values.to_numpy(zero_copy_only=False)
     if not np.isfinite(numbers).all():
         raise LeanRecError(f"{path}: has rows without a timestamp")

@@ -63,9 +63,11 @@ class TransformersEngine:
             tree = _TreeCache(self.model, self.trie, [requests[i].prompt for i in indices])
             prefilled = time.perf_counter()
             searches = [BestFirstSearch(self.trie, requests[i], self.settings) for i in indices]
-            found = run_searches(
-                searches, lambda pairs, tree=tree: self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
-            )
+
+            def expand(pairs: list[tuple[int, int]], tree: _TreeCache = tree) -> list[np.ndarray]:
+                return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
+
+            found = run_searches(searches, expand)
             results.update(zip(indices, found, strict=True))
             prefill_ms += 1e3 * (prefilled - begun)
             search_ms += 1e3 * (time.perf_counter() - prefilled)

@@ -24,11 +24,24 @@ from models.presets import train_tokenizer
 from models.prompt import PromptConfig
 
 FAMILIES = ("llama", "llama-untied", "llama-bias", "mistral", "qwen2", "qwen3")
-_WORDS = "red blue green dark silent broken golden last first lost river night city star road king heart".split()
+_WORDS = (
+    "red",
+    "blue",
+    "green",
+    "dark",
+    "silent",
+    "golden",
+    "last",
+    "lost",
+    "river",
+    "night",
+    "city",
+    "star",
+)
 
 
 def write_tiny_data(folder: Path, *, users: int = 60, items: int = 80, seed: int = 0) -> Path:
-    """Write a folder of interactions.parquet and items.parquet with something to learn: items follow a ring."""
+    """Write interactions.parquet and items.parquet with something to learn: items follow a ring."""
     rng = np.random.default_rng(seed)
     titles = [
         " ".join(rng.choice(_WORDS, size=rng.integers(1, 4)).tolist()).title() + f" ({1960 + i % 50})"

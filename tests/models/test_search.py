@@ -23,7 +23,11 @@ def node_log_probs(trie: Trie, seed: int, flat: bool) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     result = []
     for node in range(trie.num_nodes):
-        logits = np.zeros(len(trie.children(node)[0])) if flat else rng.normal(size=len(trie.children(node)[0])) * 2
+        logits = (
+            np.zeros(len(trie.children(node)[0]))
+            if flat
+            else rng.normal(size=len(trie.children(node)[0])) * 2
+        )
         result.append((logits - np.log(np.exp(logits).sum())).astype(np.float32))
     return result
 
@@ -41,7 +45,9 @@ def exhaustive(trie: Trie, log_probs: list[np.ndarray]) -> list[tuple[float, int
 
 
 def run(trie: Trie, log_probs: list[np.ndarray], request: SearchRequest, found: SearchSettings):
-    return run_searches([BestFirstSearch(trie, request, found)], lambda pairs: [log_probs[n] for _, n in pairs])[0]
+    return run_searches(
+        [BestFirstSearch(trie, request, found)], lambda pairs: [log_probs[n] for _, n in pairs]
+    )[0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -54,7 +60,7 @@ def run(trie: Trie, log_probs: list[np.ndarray], request: SearchRequest, found: 
     subtree=st.integers(0, 9),
     data=st.data(),
 )
-def test_top_k_equals_exhaustive_scoring(trie, seed, flat, k, width, subtree, data) -> None:
+def test_top_k_equals_exhaustive_scoring(*, trie, seed, flat, k, width, subtree, data) -> None:
     rows = list(range(len(trie.leaf_items)))
     excluded = frozenset(data.draw(st.sets(st.sampled_from(rows))))
     candidates = data.draw(st.none() | st.frozensets(st.sampled_from(rows)))
@@ -99,7 +105,10 @@ def test_leaves_and_sequences_are_one_to_one_and_every_node_branches(trie) -> No
 def test_a_spent_budget_still_fills_the_list_and_never_claims_wrongly(trie, seed, budget, k) -> None:
     log_probs = node_log_probs(trie, seed, False)
     result = run(
-        trie, log_probs, SearchRequest(prompt=[], k=k), SearchSettings(width=2, subtree=0, max_expansions=budget)
+        trie,
+        log_probs,
+        SearchRequest(prompt=[], k=k),
+        SearchSettings(width=2, subtree=0, max_expansions=budget),
     )
     assert len(result.rows) == min(k, len(trie.leaf_items))
     assert len(set(result.rows)) == len(result.rows)

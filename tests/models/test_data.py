@@ -1,0 +1,135 @@
+"""Reading and splitting data: every format, and what is wrong with bad ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+import pytest
+
+from models.data import load_data
+from models.errors import LeanRecError, UsageError
+from tests.tiny import write_tiny_data
+
+ITEMS = {"item_id": ["a", "b", "c", "d"], "title": ["Alpha", "Beta  two", "Gamma", "Delta"]}
+INTERACTIONS = {
+    "user_id": ["u", "v", "u", "u", "u", "v"],
+    "item_id": ["c", "a", "a", "b", "d", "b"],
+    "timestamp": [300, 5, 100, 200, 90_000, 6],
+}
+
+
+def write(folder: Path, extension: str, items: dict = ITEMS, interactions: dict = INTERACTIONS) -> str:
+    folder.mkdir(exist_ok=True)
+    for name, columns in (("items", items), ("interactions", interactions)):
+        table, path = pa.table(columns), folder / f"{name}.{extension}"
+        pcsv.write_csv(table, path) if extension == "csv" else pq.write_table(table, path)
+    return str(folder)
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv"])
+def test_leave_one_out_from_a_folder(tmp_path: Path, extension: str) -> None:
+    data = load_data(write(tmp_path, extension))
+    assert data.catalog.titles == ("Alpha", "Beta two", "Gamma", "Delta")
+    ids = data.catalog.item_ids
+    # u: a b c d in order of time; v has too few for a split and only trains.
+    assert [[ids[i] for i in data.train[n]] for n in range(len(data.train))] == [["a", "b"], ["a", "b"]]
+    assert [ids[i] for i in data.valid.histories[0]] == ["a", "b"]
+    assert [ids[i] for i in data.valid.targets] == ["c"]
+    assert [ids[i] for i in data.test.histories[0]] == ["a", "b", "c"]
+    assert [ids[i] for i in data.test.targets] == ["d"]
+    assert data.test.later_day.tolist() == [True]
+    assert data.valid.later_day.tolist() == [False]
+    assert data.catalog.popularity.tolist() == [2, 2, 0, 0]
+
+
+def test_interactions_of_one_second_keep_the_files_order(tmp_path: Path) -> None:
+    same = {"user_id": ["u"] * 4, "item_id": ["d", "a", "c", "b"], "timestamp": [7, 7, 7, 7]}
+    data = load_data(write(tmp_path, "parquet", interactions=same))
+    assert [data.catalog.item_ids[i] for i in data.test.histories[0]] == ["d", "a", "c"]
+
+
+def test_ready_splits_are_taken_unchanged(tmp_path: Path) -> None:
+    write(tmp_path, "parquet")
+
+    def rows(histories: list[list[str]], targets: list[str]) -> pa.Table:
+        return pa.table(
+            {"user_id": ["u"] * len(targets), "history_item_ids": histories, "target_item_id": targets}
+        )
+
+    pq.write_table(rows([["a"], ["a", "b"], ["d"]], ["b", "c", "a"]), tmp_path / "train.parquet")
+    pq.write_table(rows([["a", "b", "c"]], ["d"]), tmp_path / "valid.parquet")
+    pq.write_table(rows([["b", "c"], ["d", "c"]], ["a", "b"]), tmp_path / "test.parquet")
+    data = load_data(str(tmp_path))
+    ids = data.catalog.item_ids
+    # the second row continues the first, the third does not
+    assert [[ids[i] for i in data.train[n]] for n in range(2)] == [["a", "b", "c"], ["d", "a"]]
+    assert [[ids[i] for i in data.test.histories[n]] for n in range(2)] == [["b", "c"], ["d", "c"]]
+    assert [ids[i] for i in data.test.targets] == ["a", "b"]
+
+
+def test_recbole_files(tmp_path: Path) -> None:
+    (tmp_path / "x.item").write_text(
+        "item_id:token\tmovie_title:token_seq\trelease_year:token\n1\tHeat\t1995\n2\tHeat\t1972\n3\tunknown\t\n"
+    )
+    (tmp_path / "x.inter").write_text(
+        "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t3\t30\n7\t1\t3\t10\n7\t3\t3\t20\n"
+    )
+    data = load_data(str(tmp_path))
+    assert data.catalog.titles == ("Heat (1995)", "Heat (1972)", "unknown")
+    assert data.test.histories[0].tolist() == [0, 2]
+    assert data.test.targets.tolist() == [1]
+
+
+def test_movielens_100k_comes_with_its_wheel() -> None:
+    data = load_data("ml-100k")
+    assert (len(data.catalog), len(data.train), len(data.test)) == (1682, 943, 943)
+    assert len(data.train.items) == 100_000 - 2 * 943
+    assert data.catalog.titles[0] == "Toy Story (1995)"
+
+
+def test_many_batches_read_as_one(tmp_path: Path) -> None:
+    folder = write_tiny_data(tmp_path, users=40)
+    whole = load_data(str(folder))
+    table = pq.read_table(folder / "interactions.parquet")
+    pq.write_table(table, folder / "interactions.parquet", row_group_size=7)
+    again = load_data(str(folder))
+    np.testing.assert_array_equal(whole.train.items, again.train.items)
+    np.testing.assert_array_equal(whole.test.targets, again.test.targets)
+
+
+@pytest.mark.parametrize(
+    ("items", "interactions", "message"),
+    [
+        ({"item_id": [], "title": []}, INTERACTIONS, "holds no items"),
+        ({**ITEMS, "title": ["x", None, "", "y"]}, INTERACTIONS, "2 items have no title (first: 'b', 'c')"),
+        ({**ITEMS, "item_id": ["a", "a", "c", "d"]}, INTERACTIONS, "'a' stands more than once"),
+        ({"item_id": ITEMS["item_id"]}, INTERACTIONS, "lacks the column title"),
+        (
+            ITEMS,
+            {**INTERACTIONS, "item_id": ["c", "q", "a", "b", "d", "b"]},
+            "1 items that the item file lacks",
+        ),
+        (ITEMS, {k: v[:2] for k, v in INTERACTIONS.items()}, "none of 2 users has 3 interactions"),
+        (ITEMS, {"user_id": ["u"], "item_id": ["a"]}, "lacks the column timestamp"),
+        (ITEMS, {**INTERACTIONS, "timestamp": ["soon"] * 6}, "timestamp must be seconds or a date"),
+    ],
+)
+def test_bad_data_is_named(tmp_path: Path, items: dict, interactions: dict, message: str) -> None:
+    source = write(tmp_path, "parquet", items, interactions)
+    with pytest.raises(LeanRecError) as error:
+        load_data(source)
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value) or tmp_path.name in str(error.value)
+
+
+def test_unreadable_or_missing_sources(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither 'ml-100k' nor a folder"):
+        load_data(str(tmp_path / "absent"))
+    with pytest.raises(UsageError, match=r"neither items\.parquet"):
+        load_data(str(tmp_path))
+    write(tmp_path, "parquet")
+    (tmp_path / "interactions.parquet").write_bytes(b"not parquet at all")
+    with pytest.raises(LeanRecError, match="not readable"):
+        load_data(str(tmp_path))
