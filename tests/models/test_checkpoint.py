@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,72 +56,83 @@ def test_a_directory_in_use_is_not_overwritten(copy: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="in the middle"), new_directory(tmp_path / "out") as directory:
-        write_text(directory / "half", "written")
-        raise RuntimeError("in the middle")
+    def write() -> None:
+        with new_directory(tmp_path / "out") as directory:
+            write_text(directory / "half", "written")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
-def damage(directory: Path, what: str) -> None:
-    weights, description = directory / "model.safetensors", directory / "recommender.json"
-    if what == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-100])
-    elif what == "not safetensors":
-        weights.write_bytes(b"PK\x03\x04 a pickle in a zip" * 20)
-    elif what == "pickle":
-        weights.rename(directory / "pytorch_model.bin")
-    elif what == "nan":
-        tensors = load_file(weights)
-        tensors["model.norm.weight"][0] = float("nan")
-        save_file(tensors, weights, {"format": "pt"})
-    elif what == "missing tensor":
-        tensors = load_file(weights)
-        del tensors["model.norm.weight"]
-        save_file(tensors, weights, {"format": "pt"})
-    elif what == "catalogue":
-        path = directory / "catalog.parquet"
-        path.write_bytes(path.read_bytes() + b"x")
-    elif what == "no tokenizer":
-        (directory / "tokenizer.json").unlink()
-        (directory / "tokenizer_config.json").unlink()
-    elif what == "config":
-        (directory / "config.json").write_text("{")
-    elif what == "description":
-        description.write_text("{")
-    elif what == "deep description":
-        description.write_text("[" * 100_000)
-    elif what == "format":
-        description.write_text(description.read_text().replace('"format": 1', '"format": 9'))
-    elif what == "prompt":
-        described = json.loads(description.read_text())
-        described["prompt"]["max_history"] = "many"
-        description.write_text(json.dumps(described))
-    elif what == "path":
-        described = json.loads(description.read_text())
-        described["catalog"]["file"] = "../../etc/passwd"
-        description.write_text(json.dumps(described))
+def cut_short(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def not_safetensors(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"PK\x03\x04 a pickle in a zip" * 20)
+
+
+def only_a_pickle(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def nan_weight(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def tensor_left_out(directory: Path) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def other_catalogue(directory: Path) -> None:
+    path = directory / "catalog.parquet"
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+def no_tokenizer(directory: Path) -> None:
+    (directory / "tokenizer.json").unlink()
+    (directory / "tokenizer_config.json").unlink()
+
+
+def description(**changes: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / "recommender.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def text(name: str, content: str) -> Callable[[Path], None]:
+    return lambda directory: (directory / name).write_text(content) and None
 
 
 @pytest.mark.parametrize(
-    ("what", "message"),
+    ("damage", "message"),
     [
-        ("truncated", "the copy is incomplete"),
-        ("not safetensors", "not a safetensors file"),
-        ("pickle", "is a pickle and is not read"),
-        ("nan", r"model\.norm\.weight holds values that are not finite"),
-        ("missing tensor", r"model\.norm\.weight is missing"),
-        ("catalogue", "does not match the checksum"),
-        ("no tokenizer", "has no tokenizer"),
-        ("config", r"config\.json: cannot be read"),
-        ("description", "not valid JSON"),
-        ("deep description", "not valid JSON"),
-        ("format", "format is 9; this version reads 1"),
-        ("prompt", "max_history must be of type int"),
-        ("path", "passwd: no such catalogue"),
+        (cut_short, "the copy is incomplete"),
+        (not_safetensors, "not a safetensors file"),
+        (only_a_pickle, "is a pickle and is not read"),
+        (nan_weight, r"model\.norm\.weight holds values that are not finite"),
+        (tensor_left_out, r"model\.norm\.weight is missing"),
+        (other_catalogue, "does not match the checksum"),
+        (no_tokenizer, "has no tokenizer"),
+        (text("config.json", "{"), r"config\.json: cannot be read"),
+        (text("recommender.json", "{"), "not valid JSON"),
+        (text("recommender.json", "[" * 100_000), "not valid JSON"),
+        (description(format=9), "format is 9; this version reads 1"),
+        (description(prompt={"max_history": "many"}), "max_history must be of type int"),
+        (description(catalog={"file": "../../etc/passwd", "sha256": ""}), "passwd: no such catalogue"),
     ],
 )
-def test_damage_is_named(copy: Path, what: str, message: str) -> None:
-    damage(copy, what)
+def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: str) -> None:
+    damage(copy)
     with pytest.raises(LeanRecError, match=message):
         load_model(read_recommender(copy))
 
