@@ -1,0 +1,153 @@
+"""Training a full recommender: from scratch, from a checkpoint, interrupted, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from models import presets
+from models.checkpoint import load_model, read_recommender
+from models.data import load_data
+from models.errors import LeanRecError, UsageError
+from models.evaluate import evaluate, evaluate_baselines
+from models.finetune import FinetuneConfig, finetune
+from models.transformers_engine import TransformersEngine
+from tests.tiny import make_tiny_recommender, write_tiny_data
+
+SMALL = presets.Preset(
+    hidden_size=64,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=32,
+    intermediate_size=128,
+    vocabulary=400,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(presets.PRESETS, "small", SMALL)
+
+
+def config(tmp_path: Path, **changes: object) -> FinetuneConfig:
+    if not (tmp_path / "data").is_dir():
+        write_tiny_data(tmp_path / "data", users=120)
+    base = FinetuneConfig(
+        base="small",
+        data=str(tmp_path / "data"),
+        out=tmp_path / "full",
+        epochs=12,
+        batch_tokens=512,
+        row_tokens=128,
+        max_history=8,
+        dropout=0.0,
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_new_model_learns_the_data(tmp_path: Path) -> None:
+    out = finetune(config(tmp_path))
+    recommender, data = read_recommender(out), load_data(str(tmp_path / "data"))
+    engine = TransformersEngine(load_model(recommender), recommender.trie)
+    found = evaluate(engine, recommender.prompter, data.test)
+    # each item is followed by one of the next three on a ring of 80: popularity cannot see that
+    assert found.metrics["hr@10"] > 0.6
+    assert found.metrics["hr@10"] > 2 * evaluate_baselines(data, data.test)["popularity"].metrics["hr@10"]
+    assert recommender.training["base"] == "small"
+    assert not (tmp_path / "full.work").exists()
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    assert finetune(config(tmp_path)) == out  # finished: kept
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(LeanRecError, match="already exists with other settings"):
+        finetune(config(tmp_path, epochs=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["valid", "vocabulary"])
+def test_a_checkpoint_with_its_own_template_is_trained_further(tmp_path: Path, loss: str) -> None:
+    settings = config(tmp_path)
+    make_tiny_recommender(tmp_path / "base", "qwen3", data=Path(settings.data), num_layers=1)
+    template = "Liked: {{ history | join(', ') }}\nNext: "
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    out = finetune(
+        replace(settings, base=str(tmp_path / "base"), template=template, epochs=1, loss=loss, row_tokens=192)
+    )
+    recommender = read_recommender(out)
+    assert recommender.prompt.template == template
+    assert recommender.config.model_type == "qwen3"
+    after = load_file(out / "model.safetensors")
+    assert any(not after[name].equal(before[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> None:
+    write_tiny_data(tmp_path / "data", users=120)
+    base = make_tiny_recommender(tmp_path / "base", data=tmp_path / "data", num_layers=1)
+    assert len(base.test)
+
+    def command(out: str) -> list[str]:
+        options = {"--base": "base", "--data": "data", "--out": out, "--epochs": "6", "--batch-tokens": "512"}
+        flat = [part for pair in options.items() for part in pair]
+        return [sys.executable, "-m", "models.finetune_cli", *flat, "--max-history", "8"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(command("whole"), cwd=tmp_path, env=environment, check=True, capture_output=True)
+    killed = subprocess.Popen(
+        command("resumed"),
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    for _ in range(600):
+        if list((tmp_path / "resumed.work").glob("checkpoint-*/trainer_state.json")):
+            break
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "resumed").exists()
+    subprocess.run(command("resumed"), cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not a preset"):
+        finetune(config(tmp_path, base="huge"))
+    with pytest.raises(UsageError, match="choose valid or vocabulary"):
+        finetune(config(tmp_path, loss="hinge"))
+    unsupported = tmp_path / "gpt2"
+    unsupported.mkdir()
+    (unsupported / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
+    with pytest.raises(LeanRecError, match="GPT2LMHeadModel"):
+        finetune(config(tmp_path, base=str(unsupported)))
+
+
+def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "models.finetune_cli",
+        "--base",
+        "demo",
+        "--data",
+        "absent",
+        "--out",
+        "o",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: data 'absent'")
+    assert "Traceback" not in done.stderr
