@@ -1,0 +1,159 @@
+"""One block: Locust drives one deployment for a warm-up and a measured window."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import numpy as np
+
+from loadtest.compare import Block
+from loadtest.deployment import Deployment, log_tail
+from loadtest.memory import cpu_seconds
+from models.errors import LeanRecError
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+REQUEST_TIMEOUT_S = 60.0
+OUT_OF_PROMPTS_EXIT_CODE = 3
+LOCUST_START_S = 2.0
+"""What Locust takes to come up and go, about; for the progress bar only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """What to run."""
+
+    number: int
+    """which part of the workload's prompts; both deployments of a pair get the same"""
+    users: int
+    warmup_s: float
+    window_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockRun:
+    """What came of it."""
+
+    deployment: str
+    plan: BlockPlan
+    started_at: float
+    """seconds since the epoch"""
+    block: Block
+    problems: Mapping[str, int]
+    """what was wrong with the failed requests of the window, and how often"""
+    cpu_seconds_per_request: float | None
+    """of the deployment, warm-up included; None where it was not started here"""
+
+
+def run_block(
+    deployment: Deployment, plan: BlockPlan, workload: Path, stem: Path, on_tick: Callable[[], None]
+) -> BlockRun:
+    """Run one block and return what was measured; leaves `STEM.csv` and `STEM.log`.
+
+    Args:
+        on_tick: Called several times a second.
+
+    Raises:
+        DeploymentDiedError: the deployment went away meanwhile.
+        LeanRecError: Locust failed, or the data set has no fresh prompts left.
+    """
+    rows, log = stem.with_suffix(".csv"), stem.with_suffix(".log")
+    pid = deployment.process.pid if deployment.process else None
+    cpu_before = cpu_seconds(pid) if pid else None
+    started_at = time.time()
+    exit_code = _run_locust(deployment, plan, workload=workload, rows=rows, log=log, on_tick=on_tick)
+    deployment.check_alive()
+    if exit_code == OUT_OF_PROMPTS_EXIT_CODE:
+        raise LeanRecError(
+            "the test split has no fresh prompts left; give fewer --seconds, more data, or --returning"
+        )
+    if exit_code != 0:
+        raise LeanRecError(f"Locust ended with exit code {exit_code}{log_tail(log)}")
+    block, problems, num_requests = read_rows(rows, plan)
+    cpu_after = cpu_seconds(pid) if pid else None
+    cpu = None
+    if cpu_before is not None and cpu_after is not None and num_requests:
+        cpu = (cpu_after - cpu_before) / num_requests
+    return BlockRun(
+        deployment=deployment.name,
+        plan=plan,
+        started_at=started_at,
+        block=block,
+        problems=problems,
+        cpu_seconds_per_request=cpu,
+    )
+
+
+def read_rows(path: Path, plan: BlockPlan) -> tuple[Block, Mapping[str, int], int]:
+    """Return a block from the locustfile's rows, what its failures were, and the number of all rows.
+
+    A request belongs to the window in which it was sent, however late the answer came; an answer counts for
+    the throughput of the window in which it arrived. A timeout keeps its place among the latencies.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    start_s = np.array([float(row["start_s"]) for row in rows])
+    latency_ms = np.array([float(row["latency_ms"]) for row in rows])
+    failure = np.array([row["failure"] for row in rows], dtype=np.str_)
+    end = plan.warmup_s + plan.window_s
+    sent_inside = (start_s >= plan.warmup_s) & (start_s < end)
+    end_s = start_s + latency_ms / 1000
+    correct = failure == ""
+    block = Block(
+        latencies_ms=latency_ms[sent_inside & (correct | (failure == "timeout"))],
+        completed=int((correct & (end_s >= plan.warmup_s) & (end_s < end)).sum()),
+        seconds=plan.window_s,
+        failures=int((sent_inside & ~correct).sum()),
+        discarded=int((~sent_inside).sum()),
+    )
+    return block, Counter(failure[sent_inside & ~correct].tolist()), len(rows)
+
+
+def _run_locust(
+    deployment: Deployment,
+    plan: BlockPlan,
+    *,
+    workload: Path,
+    rows: Path,
+    log: Path,
+    on_tick: Callable[[], None],
+) -> int:
+    seconds = plan.warmup_s + plan.window_s
+    # -P: a file in the working directory must not stand in for one of Locust's modules.
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
+    command += ["--users", str(plan.users), "--spawn-rate", str(plan.users)]
+    command += ["--stop-timeout", str(ceil(REQUEST_TIMEOUT_S))]
+    command += ["--host", deployment.url, "--exit-code-on-error", "0", "--only-summary"]
+    # LOCUST_* of the caller's environment would change the run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
+    environment |= {
+        "LEANREC_WORKLOAD": str(workload.resolve()),
+        "LEANREC_BLOCK": str(plan.number),
+        "LEANREC_SECONDS": str(seconds),
+        "LEANREC_ROWS": str(rows.resolve()),
+        "LEANREC_TIMEOUT": str(REQUEST_TIMEOUT_S),
+    }
+    latest = time.monotonic() + seconds + REQUEST_TIMEOUT_S + 60
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+        )
+    try:
+        while (exit_code := process.poll()) is None:
+            if deployment.process is not None and deployment.process.poll() is not None:
+                deployment.check_alive()
+            if time.monotonic() > latest:
+                raise LeanRecError(f"Locust did not end in time{log_tail(log)}")
+            on_tick()
+            time.sleep(0.1)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    return exit_code

@@ -1,0 +1,153 @@
+"""Memory of a deployment: proportional set size of all its processes, and GPU memory where there is a GPU.
+
+Proportional set size (PSS) counts a page shared by n processes as 1/n in each, so the processes of one
+deployment add up; resident set sizes (RSS) would count shared pages once a process.
+"""
+
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import psutil
+
+SAMPLE_EVERY_S = 2.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Memory of a process and its descendants at one moment, in bytes."""
+
+    pss_bytes: int
+    rss_bytes: int
+    gpu_bytes: int | None = None
+
+
+class MemoryWatch:
+    """Samples the memory of a process tree in the background, from `start` until `stop`.
+
+    Reading PSS makes the kernel walk the process's page table, so it is read every two seconds only.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.samples: list[Sample] = []
+        self.num_startup_samples = 0
+        self._gpu_bytes_before = gpu_bytes_used()
+        self._gpu_bytes_taken: int | None = None
+        self._stopped = Event()
+        self._thread = Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        """Begin sampling."""
+        self._thread.start()
+
+    def ready(self) -> None:
+        """Note that start-up ends here: steady memory is what comes after."""
+        self.num_startup_samples = len(self.samples)
+        used = gpu_bytes_used()
+        if used is not None and self._gpu_bytes_before is not None:
+            self._gpu_bytes_taken = max(0, used - self._gpu_bytes_before)
+        self.take()
+
+    def stop(self) -> None:
+        """End sampling."""
+        self._stopped.set()
+        self._thread.join()
+
+    def take(self) -> None:
+        """Add one sample now."""
+        sample = read(self.pid)
+        if sample is not None:
+            self.samples.append(sample)
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Peak GPU memory: as booked on the processes, else how much the GPUs filled during start-up."""
+        booked = [sample.gpu_bytes for sample in self.samples if sample.gpu_bytes is not None]
+        return max(booked) if booked else self._gpu_bytes_taken
+
+    def _run(self) -> None:
+        while not self._stopped.wait(SAMPLE_EVERY_S):
+            self.take()
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time `pid` and its descendants have used so far, or None where it cannot be read."""
+    try:
+        process = psutil.Process(pid)
+        times = [entry.cpu_times() for entry in (process, *process.children(recursive=True))]
+    except psutil.Error:
+        return None
+    return float(sum(entry.user + entry.system for entry in times))
+
+
+def read(pid: int) -> Sample | None:
+    """Return the memory of `pid` and its descendants, or None where it cannot be read."""
+    try:
+        process = psutil.Process(pid)
+        pids = [pid, *(child.pid for child in process.children(recursive=True))]
+    except psutil.Error:
+        return None
+    rollups = [rollup for rollup in map(_rollup, pids) if rollup]
+    if not rollups:
+        return None
+    return Sample(
+        pss_bytes=sum(rollup["Pss"] for rollup in rollups),
+        rss_bytes=sum(rollup["Rss"] for rollup in rollups),
+        gpu_bytes=_gpu_bytes_of(set(pids)),
+    )
+
+
+def _rollup(pid: int) -> dict[str, int]:
+    """Return the sizes in `/proc/PID/smaps_rollup` in bytes; nothing if it cannot be read."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+    except OSError:
+        return {}
+    sizes = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        sizes[name] = int(value.split()[0]) * 1024
+    return sizes if "Pss" in sizes else {}
+
+
+def gpu_bytes_used() -> int | None:
+    """Return the memory in use on all GPUs together, or None without NVML or a GPU."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    return sum(int(nvml.nvmlDeviceGetMemoryInfo(device).used) for device in _devices(nvml))
+
+
+def _gpu_bytes_of(pids: set[int]) -> int | None:
+    """Return the GPU memory booked on `pids`; None without one, or where a container hides it."""
+    nvml = _nvml()
+    if nvml is None:
+        return None
+    used = [
+        int(entry.usedGpuMemory or 0)
+        for device in _devices(nvml)
+        for entry in nvml.nvmlDeviceGetComputeRunningProcesses(device)
+        if entry.pid in pids
+    ]
+    return sum(used) if used else None
+
+
+@cache
+def _nvml() -> Any:
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
+
+
+def _devices(nvml: Any) -> list[Any]:
+    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]

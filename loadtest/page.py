@@ -1,0 +1,183 @@
+"""`report.html`: one file that opens offline."""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from typing import Any
+
+from loadtest.plots import Line, Stack, line_chart, stacked_bars
+from loadtest.report import SIDES, count, load_table, memory_table, quality_table, with_interval
+from loadtest.results import CDF_POINTS
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5d6673; --rule: #dde1e6; --paper: #fff;
+  --card: #f6f7f9; --full: #4b5a75; --pruned: #d9622b; --kv: #b9c2d0; --rest: #8693a8; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a2abb8; --rule: #343a43;
+  --paper: #15181c; --card: #1e2228; --full: #9db1d6; --pruned: #f08a55; --kv: #4a5362; --rest: #6d7a90;
+  --bad: #ff8a80; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 22px; margin: 0 0 10px; } h2 { font-size: 17px; margin: 34px 0 10px; }
+.verdict { font-size: 18px; background: var(--card); border-left: 4px solid var(--pruned);
+  padding: 14px 18px; border-radius: 4px; }
+.incomplete { border-color: var(--bad); } pre.incomplete { border-left: 4px solid var(--bad); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, .names td:nth-child(2),
+.names th:nth-child(2) { text-align: left; } tr.strong td { font-weight: 600; background: var(--card); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 18px; }
+figure { margin: 0; background: var(--card); border-radius: 6px; padding: 10px 12px; }
+figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .middle { text-anchor: middle; }
+.end { text-anchor: end; } svg .name, svg .value { fill: var(--ink); font-weight: 600; }
+.grid { stroke: var(--rule); } .line { fill: none; stroke-width: 2; } .whisker { stroke-width: 1.5; }
+.full { stroke: var(--full); } .pruned { stroke: var(--pruned); } .dashed { stroke-dasharray: 5 4; }
+circle.full { fill: var(--full); } circle.pruned { fill: var(--pruned); }
+.part.weights { fill: var(--pruned); } .part.kv { fill: var(--kv); } .part.rest { fill: var(--rest); }
+p.note { color: var(--soft); font-size: 13px; }
+pre { background: var(--card); padding: 12px; overflow-x: auto;
+  font-size: 12px; } summary { cursor: pointer; color: var(--soft); }
+"""
+
+
+def render(report: Mapping[str, Any]) -> str:
+    """Return the page of a report."""
+    incomplete = " incomplete" if report["incomplete"] else ""
+    parts = [
+        "<h1>Full against pruned: load test</h1>",
+        f'<p class="verdict{incomplete}">{escape(report["verdict"])}</p>',
+        f'<pre class="incomplete">{escape(report["incomplete"])}</pre>' if incomplete else "",
+        "<h2>Speed</h2>",
+        _table(load_table(report), names=True),
+        '<p class="note">In brackets: 95 % intervals from the blocks. '
+        "Speed-up is full over pruned for latencies and pruned over full for requests per second.</p>",
+        f'<div class="plots">{"".join(_speed_plots(report["levels"]))}</div>',
+        "<h2>Memory</h2>",
+        _table(memory_table(report)),
+        '<p class="note">PSS counts a page shared by several processes, also by those of the other '
+        "deployment that runs beside it, in equal parts. The KV cache is set by hand, equal in both.</p>",
+        f'<div class="plots">{_memory_plot(report["deployments"])}</div>',
+        "<h2>Quality</h2>",
+        _table(quality_table(report)),
+        _quality_note(report),
+        "<h2>How it was measured</h2>",
+        _method(report),
+        "<details><summary>Every block, in the order they ran</summary>",
+        _table(_block_table(report["blocks"]), names=True),
+        "</details>",
+        "<details><summary>Settings, machine and versions</summary><pre>",
+        escape(json.dumps({key: report[key] for key in ("settings", "machine", "versions")}, indent=2)),
+        "</pre></details>",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Load test: full against pruned</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
+
+
+def _speed_plots(levels: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not levels:
+        return []
+    plots = []
+    for level in levels:
+        users = count(level["users"], "user")
+        lines = [
+            Line(name, list(zip(level[name]["latency_cdf_ms"], CDF_POINTS, strict=True)), name)
+            for name in SIDES
+        ]
+        title = f"Latency, {users}"
+        chart = line_chart(
+            lines, title=title, x_label="ms (logarithmic)", y_label="share of requests", log_x=True, y_max=1.0
+        )
+        plots.append(_figure(title, chart))
+    latencies = []
+    for name in SIDES:
+        for percentile, style in (("p50", name), ("p95", f"{name} dashed")):
+            points = [(level["users"], level[name]["latency_ms"][percentile]) for level in levels]
+            whiskers = [level[name]["latency_ms"]["ci95"][percentile] for level in levels]
+            latencies.append(Line(f"{name} {percentile}", points, style, whiskers, dots=True))
+    title = "Latency against load"
+    plots.append(_figure(title, line_chart(latencies, title=title, x_label="users", y_label="ms")))
+    rates = [
+        Line(
+            name,
+            [(level["users"], level[name]["requests_per_second"]) for level in levels],
+            name,
+            [level[name]["ci95"]["requests_per_second"] for level in levels],
+            dots=True,
+        )
+        for name in SIDES
+    ]
+    title = "Throughput against load"
+    plots.append(_figure(title, line_chart(rates, title=title, x_label="users", y_label="requests/s")))
+    return plots
+
+
+def _memory_plot(sides: Mapping[str, Any]) -> str:
+    stacks = []
+    for name in SIDES:
+        side = sides[name]
+        parts = [("weights", side["weights_bytes"], "weights"), ("KV cache", side["kv_cache_bytes"], "kv")]
+        if side["memory"]["overhead_bytes"] is not None:
+            parts.append(("process", side["memory"]["overhead_bytes"], "rest"))
+        stacks.append(Stack(name, [(part, size / 2**20, style) for part, size, style in parts]))
+    title = "Memory, steady"
+    return _figure(title, stacked_bars(stacks, title=title, y_label="MiB"))
+
+
+def _quality_note(report: Mapping[str, Any]) -> str:
+    if not report["quality"]:
+        return '<p class="note">The pruned directory has no report.json, so HR and NDCG are not shown.</p>'
+    return f'<p class="note">HR and NDCG as measured offline: {escape(report["quality"]["source"])}.</p>'
+
+
+def _method(report: Mapping[str, Any]) -> str:
+    settings = report["settings"]
+    prompts = (
+        "Users return after each new item, so prefix caches help."
+        if settings["returning"]
+        else "No prompt was sent twice to a deployment."
+    )
+    text = (
+        "Closed loop: each user asks again as soon as the answer is there. "
+        f"{settings['pairs']} pairs of blocks of {settings['window_seconds']:.3g} s at each load, "
+        "the deployments in turn; the first "
+        f"{settings['warmup_seconds']:.3g} s of a block are not counted. {prompts} Histories: "
+        f"{settings['histories']} users of {settings['data']}. "
+        "Every answer was checked; a wrong one is a failure."
+    )
+    return f"<p>{escape(text)}</p><pre>{escape(settings['command'])}</pre>"
+
+
+def _block_table(blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    table = [["started", "deployment", "users", "requests", "failures", "not counted", "p50 ms", "p95 ms"]]
+    for block in blocks:
+        started = datetime.fromtimestamp(block["started_at"], UTC).strftime("%H:%M:%S")
+        counts = [str(block[key]) for key in ("users", "requests", "failures", "discarded")]
+        latencies = [with_interval(block[key], None, 1) for key in ("p50_ms", "p95_ms")]
+        table.append([started, block["deployment"], *counts, *latencies])
+    return table
+
+
+def _table(table: Sequence[Sequence[str]], *, names: bool = False) -> str:
+    header, *rows = table
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        ('<tr class="strong">' if "speed-up" in row else "<tr>")
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
+    )
+    style = ' class="names"' if names else ""
+    return (
+        f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _figure(title: str, chart: str) -> str:
+    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"

@@ -1,0 +1,140 @@
+"""The report in words and in a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LATENCIES = ("p50", "p95", "p99")
+SIDES = ("full", "pruned")
+MEMORY_ROWS = {
+    "weights": ("weights_bytes",),
+    "KV cache (fixed)": ("kv_cache_bytes",),
+    "process beside them, steady": ("memory", "overhead_bytes"),
+    "all processes (PSS), steady": ("memory", "steady_pss_bytes"),
+    "all processes (PSS), peak": ("memory", "pss_bytes"),
+    "GPU": ("memory", "gpu_bytes"),
+}
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """Return the result in a sentence; a ratio whose interval holds 1 is not called a difference."""
+    stop = f"Partial: {report['incomplete'].splitlines()[0]}. " if report["incomplete"] else ""
+    if not report["levels"]:
+        return f"{stop}Nothing was measured."
+    ratios = report["speedup"]
+    parts = [
+        f"With {count(ratios['users'], 'user')} the pruned deployment is "
+        + difference(ratios, "p95", "{} times as fast at p95", "no faster or slower at p95")
+        + " and answers "
+        + difference(ratios, "throughput", "{} times the requests per second", "as many requests per second")
+    ]
+    full, pruned = (report["deployments"][name] for name in SIDES)
+    parts.append(f"weights {mib(pruned['weights_bytes'])} against {mib(full['weights_bytes'])}")
+    if ratios["memory"] is not None:
+        peaks = (mib(pruned["memory"]["pss_bytes"]), mib(full["memory"]["pss_bytes"]))
+        parts.append("memory {} against {}".format(*peaks))
+    if report["quality"]:
+        kept = [f"{name.upper()} {value:.1%}" for name, value in report["quality"]["retained"].items()]
+        parts.append("kept " + ", ".join(kept))
+    if report["agreement"]:
+        parts.append(f"the first recommendation agrees for {report['agreement']['top1']:.0%} of histories")
+    failed = {name: sum(level[name]["failures"] for level in report["levels"]) for name in SIDES}
+    parts += [
+        f"{count(number, 'request')} to the {name} deployment failed"
+        for name, number in failed.items()
+        if number
+    ]
+    return f"{stop}{'; '.join(parts)}."
+
+
+def difference(ratios: Mapping[str, Any], figure: str, different: str, same: str) -> str:
+    """Return a ratio in words, with its interval."""
+    value, interval = ratios[figure], ratios["ci95"][figure]
+    if interval is None:
+        return different.format(f"{value:.2f}") + " (no interval: too few blocks)"
+    stated = f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+    if interval[0] <= 1 <= interval[1]:
+        return f"{same} as far as this run can show ({value:.2f} {stated})"
+    return f"{different.format(f'{value:.2f}')} {stated}"
+
+
+def load_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the levels as rows of text, the header first."""
+    table = [["users", "deployment", "requests", "failures", "requests/s", "p50 ms", "p95 ms", "p99 ms"]]
+    for level in report["levels"]:
+        for name in SIDES:
+            side = level[name]
+            latency = side["latency_ms"]
+            cells = [str(level["users"]), name, str(side["requests"]), str(side["failures"])]
+            cells.append(with_interval(side["requests_per_second"], side["ci95"]["requests_per_second"], 1))
+            table.append(cells + [with_interval(latency[p], latency["ci95"][p], 1) for p in LATENCIES])
+        ratios = level["speedup"]
+        cells = [str(level["users"]), "speed-up", "", ""]
+        table.append(
+            cells + [with_interval(ratios[p], ratios["ci95"][p], 2, "×") for p in ("throughput", *LATENCIES)]
+        )
+    return table
+
+
+def memory_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the memory of both deployments as rows of text, the header first."""
+    sides = report["deployments"]
+    table = [["memory", *SIDES]]
+    for label, keys in MEMORY_ROWS.items():
+        cells = []
+        for name in SIDES:
+            value: Any = sides[name]
+            for key in keys:
+                value = value[key]
+            cells.append(mib(value))
+        table.append([label, *cells])
+    seconds = [sides[name]["startup_seconds"] for name in SIDES]
+    table.append(["start-up", *("not measured" if s is None else f"{s:.1f} s" for s in seconds)])
+    return table
+
+
+def quality_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the offline metrics and the agreement as rows of text, the header first."""
+    table = [["quality", "full", "pruned"]]
+    if report["quality"]:
+        metrics = report["quality"]["metrics"]
+        for name in ("hr@10", "ndcg@10"):
+            cells = []
+            for side in SIDES:
+                interval = metrics[side].get("ci95", {}).get(name)
+                cells.append(with_interval(metrics[side][name], interval, 4))
+            table.append([name.upper(), *cells])
+    if report["agreement"]:
+        agreement = report["agreement"]
+        for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
+            table.append([label, "", with_interval(agreement[name], agreement["ci95"][name], 3)])
+    return table
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """Return the report as tables for a pull request or a README."""
+    tables = [load_table(report), memory_table(report), quality_table(report)]
+    return "\n\n".join([report["verdict"], *(_markdown_table(table) for table in tables)]) + "\n"
+
+
+def mib(num_bytes: float | None) -> str:
+    """Return a size in MiB as people read it."""
+    return "not measured" if num_bytes is None else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def with_interval(value: float | None, interval: Sequence[float] | None, digits: int, unit: str = "") -> str:
+    """Return `value [low, high]`, or what there is of it."""
+    if value is None:
+        return "too few requests"
+    text = f"{value:.{digits}f}{unit}"
+    return f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else text
+
+
+def count(number: int, noun: str) -> str:
+    """Return `1 user`, `2 users`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = table
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,206 @@
+"""The command from end to end, with real Locust, against stub deployments over HTTP."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from loadtest import session
+from loadtest.cli import main
+from models.errors import run_command
+
+SIDES = ("full", "pruned")
+
+
+def run(*arguments):
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return run_command(lambda: main([str(argument) for argument in arguments]))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(autouse=True)
+def short_warmup(monkeypatch):
+    monkeypatch.setattr(session, "WARMUP_S", 0.2)
+    monkeypatch.setattr(session, "FIRST_WARMUP_S", 0.2)
+    monkeypatch.setattr(session, "AGREEMENT_PROMPTS", 20)
+
+
+@pytest.fixture
+def stubs(make_stub):
+    return make_stub("full", delay_ms=20, weights_bytes=8 << 20), make_stub("pruned", delay_ms=4)
+
+
+def no_children():
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_the_report_says_what_was_measured(stubs, tmp_path, capsys):
+    out = tmp_path / "out"
+    quality = {
+        "metrics": {side: {"test": {"hr@10": 0.2, "ndcg@10": 0.1}} for side in SIDES},
+        "retained": {"hr@10": 1.0, "ndcg@10": 1.0},
+    }
+    (stubs[1] / "report.json").write_text(json.dumps(quality))
+    code = run("--full", stubs[0], "--pruned", stubs[1], "--users", "2", "--seconds", "1", "--out", out)
+    assert code == 0
+    assert no_children()
+    report = json.loads((out / "report.json").read_text())
+    assert report["incomplete"] is None
+    for side, weights in zip(SIDES, (8 << 20, 1 << 20), strict=True):
+        deployment = report["deployments"][side]
+        assert deployment["weights_bytes"] == weights
+        assert deployment["kv_cache_bytes"] == 128 << 20
+        assert deployment["startup_seconds"] > 0
+        assert deployment["memory"]["pss_bytes"] > 10 << 20
+        assert deployment["memory"]["gpu_bytes"] is None
+    (level,) = report["levels"]
+    assert level["users"] == 2
+    assert level["order"] == ["full", "pruned"]
+    for side in SIDES:
+        assert level[side]["requests"] > 0
+        assert level[side]["failures"] == 0
+        assert level[side]["requests_per_second"] > 0
+        assert 0 < level[side]["latency_ms"]["p50"] <= level[side]["latency_ms"]["p95"]
+    # 20 ms and 4 ms of waiting: the pruned one is faster however busy this machine is.
+    assert report["speedup"]["p50"] > 1
+    assert report["speedup"]["throughput"] > 1
+    assert report["speedup"]["ci95"]["p50"] is None
+    assert 0 <= report["agreement"]["top1"] <= report["agreement"]["overlap@10"] + 1
+    assert report["quality"]["retained"]["ndcg@10"] == 1.0
+    assert report["machine"]["cores"] >= 1
+    assert "locust" in report["versions"]
+    assert report["settings"]["command"].startswith("loadtest --full")
+    printed = capsys.readouterr().out
+    assert report["verdict"] in printed
+    assert str(out / "report.html") in printed
+    assert len(list((out / "requests").glob("*.csv"))) == 4
+
+
+@pytest.mark.slow
+def test_a_deployment_that_dies_leaves_a_partial_report(make_stub, tmp_path, capsys):
+    full, out = make_stub("full"), tmp_path / "out"
+    # 20 questions for the agreement are answered, then it dies under load.
+    pruned = make_stub("pruned", die_at=60)
+    code = run("--full", full, "--pruned", pruned, "--users", "1", "--seconds", "1", "--out", out)
+    assert code == 1
+    assert no_children()
+    report = json.loads((out / "report.json").read_text())
+    assert "the pruned deployment ended with exit code 7" in report["incomplete"]
+    assert report["verdict"].startswith("Partial: the pruned deployment ended")
+    assert report["agreement"]["prompts"] == 20
+    assert "dying as asked" in (out / "report.html").read_text()
+    error = capsys.readouterr().err
+    assert "error: the pruned deployment ended with exit code 7" in error
+    assert str(out / "report.html") in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_attached_deployments_are_measured_but_not_their_memory(serve_stub, data_folder, tmp_path):
+    out = tmp_path / "out"
+    with serve_stub("full") as full, serve_stub("pruned") as pruned:
+        sides = ("--full", full.url, "--pruned", pruned.url)
+        code = run(
+            *sides, "--data", data_folder, "--users", "1", "--seconds", "1", "--returning", "--out", out
+        )
+        assert code == 0
+        full.check_alive()
+    report = json.loads((out / "report.json").read_text())
+    for side in SIDES:
+        assert report["deployments"][side]["memory"]["pss_bytes"] is None
+        assert "not measured" in report["deployments"][side]["memory"]["why_null"]
+        assert report["levels"][0][side]["requests"] > 0
+    assert report["speedup"]["memory"] is None
+    assert "not measured" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_deployment_that_answers_wrongly_from_the_start(make_stub, tmp_path, capsys):
+    full, pruned = make_stub("full"), make_stub("pruned", wrong="short")
+    code = run("--full", full, "--pruned", pruned, "--seconds", "1", "--out", tmp_path / "out")
+    assert code == 1
+    assert "the pruned deployment answers wrongly: 9 items in place of 10" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sigterm_stops_what_was_started(stubs, tmp_path):
+    script = (
+        "import sys; from loadtest import deployment, cli;"
+        f"deployment.SERVE_COMMAND = {session_command()!r}; cli.run()"
+    )
+    sides = ["--full", str(stubs[0]), "--pruned", str(stubs[1])]
+    command = [sys.executable, "-c", script, *sides, "--seconds", "600", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        while not (tmp_path / "out" / "requests" / "warm-up-full.log").exists():
+            assert process.poll() is None
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) >= 2
+        os.kill(process.pid, signal.SIGTERM)
+        error = process.stderr.read().decode()
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert not any(child.is_running() for child in children)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["incomplete"] == "interrupted"
+
+
+def session_command():
+    from loadtest import deployment
+
+    return deployment.SERVE_COMMAND
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--users", "0"], "from 1 to 10000"),
+        (["--users", "1,,4"], "is not a list like 1,4,16"),
+        (["--users", "4,4"], "stands twice"),
+        (["--seconds", "-5"], "at least 1 second"),
+        (["--seconds", "nan"], "at least 1 second"),
+        (["--seconds", "soon"], "is not a number of seconds"),
+        (["--full"], "expected one argument"),
+    ],
+)
+def test_wrong_usage(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main(["--full", "a", "--pruned", "b", *arguments])
+    assert exit_code.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_inputs_end_before_anything_starts(stubs, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    sides = ("--full", stubs[0], "--pruned", stubs[1])
+    cases = [
+        ((*sides, "--out", tmp_path / "file" / "out"), 1, "cannot be written"),
+        ((*sides, "--data", tmp_path / "nothing"), 2, "nothing"),
+        ((*sides, "--data", tmp_path / "empty"), None, "empty"),
+        (("--full", tmp_path / "none", "--pruned", stubs[1]), 2, "no such directory"),
+        (("--full", tmp_path / "empty", "--pruned", stubs[1]), 2, "no recommender.json"),
+        (("--full", "http://127.0.0.1:9", "--pruned", stubs[1]), 1, "no recommender service answers there"),
+    ]
+    for arguments, code, message in cases:
+        got = run("--out", tmp_path / "out", *arguments)
+        error = capsys.readouterr().err
+        assert got == code if code else got in {1, 2}, error
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_comes_without_loading_anything_large():
+    script = (
+        "import sys\nfrom loadtest.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'numpy', 'pyarrow', 'torch', 'locust'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "--returning" in done.stdout
+    assert done.stderr.strip() == "[]"
