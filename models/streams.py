@@ -13,6 +13,9 @@ from models.prompt import Prompter
 from models.trie import Trie
 
 
+OPEN_ROWS = 32
+
+
 @dataclass(frozen=True)
 class TitleTable:
     """Tokens of every catalogue row, each with the trie node it is chosen at."""
@@ -46,7 +49,7 @@ class StreamConfig:
     """How streams are cut and packed."""
 
     row_tokens: int = 256
-    """Tokens a row; windows are packed into rows until one does not fit."""
+    """Tokens a row; several windows share one."""
     window: int | None = None
     """Titles a window; None for the prompt's max_history + 1, what serving sees plus the answer."""
     keep_share: float = 1.0
@@ -97,14 +100,17 @@ class PackedStreams(TorchDataset):
         windows = list(self._windows(rng))
         lengths = np.diff(self.table.offsets)
         rows: list[list[np.ndarray]] = []
-        room = 0
+        room: list[int] = []
         for at in rng.permutation(len(windows)).tolist():
             cost = self._window_tokens(windows[at], lengths)
-            if not rows or cost > room:
+            # First fit among the latest rows: little padding, and rows stay a random draw of users.
+            row = next((r for r in range(max(0, len(rows) - OPEN_ROWS), len(rows)) if cost <= room[r]), None)
+            if row is None:
+                row = len(rows)
                 rows.append([])
-                room = self.config.row_tokens
-            rows[-1].append(windows[at])
-            room -= cost
+                room.append(self.config.row_tokens)
+            rows[row].append(windows[at])
+            room[row] -= cost
         self._epoch, self._rows = epoch, rows
         return rows
 
