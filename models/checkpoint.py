@@ -53,8 +53,6 @@ def read_recommender(directory: Path | str) -> Recommender:
         LeanRecError: a file is missing, unreadable or of another format; the catalogue differs from its
             checksum; weights are not safetensors or are cut short; the tokenizer cannot be loaded.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     directory = Path(directory)
     described = _read_description(directory)
     catalog_path = directory / Path(str(described["catalog"]["file"])).name
@@ -65,6 +63,9 @@ def read_recommender(directory: Path | str) -> Recommender:
         )
     catalog = read_catalog(catalog_path)
     check_weights(directory)
+    # After the checks above: a wrong path is told at once.
+    from transformers import AutoConfig, AutoTokenizer
+
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad config.json

@@ -14,6 +14,8 @@ class Timings:
 
     prefill_ms: float
     search_ms: float
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was there already"""
 
 
 class Engine(Protocol):

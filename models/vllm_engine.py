@@ -13,7 +13,7 @@ from models.vllm_model import (
     close_llm,
     kv_cache_bytes,
     load_llm,
-    longest_prompt,
+    max_length,
     prepare_environment,
     read_head_weight,
 )
@@ -85,22 +85,18 @@ def _early_obstacle(arguments: Mapping[str, Any]) -> str | None:
 class WorkerEngine:
     """The search inside the worker: one call a batch."""
 
-    name = "worker"
+    name: Literal["worker"] = "worker"
 
     def __init__(self, llm: Any, setup: SearchSetup) -> None:
         self.llm = llm
         self.timings = Timings(0.0, 0.0)
-        self.prompt_tokens = 0
-        """Of the latest batch."""
-        self.cached_tokens = 0
-        """Of those, how many the prefix cache held."""
         self._setup = setup
         self.use_trie(setup.trie)
 
     @property
-    def longest_prompt(self) -> int:
-        """Most prompt tokens that leave room for a title."""
-        return longest_prompt(self.llm, int(self._setup.trie.depth.max()))
+    def max_length(self) -> int:
+        """Most tokens of prompt and title together."""
+        return max_length(self.llm)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -120,7 +116,6 @@ class WorkerEngine:
         """
         outcome: SearchOutcome = self.llm.collective_rpc("trie_search_run", args=(requests,))[0]
         self.timings = outcome.timings
-        self.prompt_tokens, self.cached_tokens = outcome.prompt_tokens, outcome.cached_tokens
         return outcome.results
 
     def close(self) -> None:

@@ -113,9 +113,9 @@ def read_head_weight(recommender: Recommender) -> torch.Tensor:
         return file.get_tensor(name)
 
 
-def longest_prompt(llm: Any, deepest: int) -> int:
-    """Return how many prompt tokens leave room for a title prefix of `deepest` tokens."""
-    return int(llm.llm_engine.vllm_config.model_config.max_model_len) - deepest
+def max_length(llm: Any) -> int:
+    """Return the most tokens of prompt and title together."""
+    return int(llm.llm_engine.vllm_config.model_config.max_model_len)
 
 
 def kv_cache_bytes(llm: Any) -> int:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,30 +12,29 @@ from models.errors import LeanRecError
 from models.head import ChildHead
 from models.search import BestFirstSearch, SearchRequest, SearchResult, run_searches
 from models.trie import Trie
-from models.vllm_model import close_llm, kv_cache_bytes, longest_prompt
+from models.vllm_model import close_llm, kv_cache_bytes, max_length
 from models.vllm_search import SearchSetup
 
 
 class PoolingEngine:
     """Every node is one pooling request: prompt and prefix in, the last token's hidden state out."""
 
-    name = "pooling"
+    name: Literal["pooling"] = "pooling"
 
     def __init__(self, llm: Any, setup: SearchSetup) -> None:
         from vllm import PoolingParams
 
         self.llm = llm
         self.timings = Timings(0.0, 0.0)
-        self.prompt_tokens = self.cached_tokens = 0
         self._settings = setup.settings
         self._head_weight = setup.head_weight
         self._parameters = PoolingParams(task="embed", use_activation=False)
         self.use_trie(setup.trie)
 
     @property
-    def longest_prompt(self) -> int:
-        """Most prompt tokens that leave room for a title."""
-        return longest_prompt(self.llm, int(self._trie.depth.max()))
+    def max_length(self) -> int:
+        """Most tokens of prompt and title together."""
+        return max_length(self.llm)
 
     @property
     def kv_cache_bytes(self) -> int:
@@ -67,7 +66,6 @@ class PoolingEngine:
         ended = time.perf_counter()
         first = prefilled[0] if prefilled else ended  # the first step computes the prompts
         self.timings = Timings(1e3 * (first - begun), 1e3 * (ended - first))
-        self.prompt_tokens = sum(len(request.prompt) for request in requests)
         return results
 
     def close(self) -> None:
@@ -77,9 +75,8 @@ class PoolingEngine:
     def _hidden(self, token_rows: list[list[int]]) -> torch.Tensor:
         """Return the final hidden state of each row's last token, `[rows, hidden]`."""
         longest = max(map(len, token_rows))
-        limit = self.longest_prompt + int(self._trie.depth.max())
-        if longest > limit:
-            raise LeanRecError(f"prompt: {longest} tokens with the title; the model takes {limit}")
+        if longest > self.max_length:
+            raise LeanRecError(f"prompt: {longest} tokens with the title; the model takes {self.max_length}")
         outputs = self.llm.encode(
             [{"prompt_token_ids": tokens} for tokens in token_rows],
             pooling_params=self._parameters,

@@ -40,9 +40,6 @@ class SearchOutcome:
 
     results: list[SearchResult]
     timings: Timings
-    prompt_tokens: int
-    cached_tokens: int
-    """Prompt tokens whose KV was found in the prefix cache"""
 
 
 @dataclass
@@ -85,7 +82,7 @@ class WorkerSearch:
                 )
         results: list[SearchResult] = []
         prefill_ms = search_ms = 0.0
-        prompt_tokens = cached_tokens = 0
+        cached_tokens = 0
         while len(results) < len(requests):
             begun = time.perf_counter()
             with self.pool.lease() as lease:
@@ -102,11 +99,10 @@ class WorkerSearch:
                     lease=lease,
                 )
                 results += run_searches([BestFirstSearch(trie, r, settings) for r in part], expansion.expand)
-            prompt_tokens += sum(len(request.prompt) for request in part)
             cached_tokens += cached
             prefill_ms += 1e3 * (prefilled - begun)
             search_ms += 1e3 * (time.perf_counter() - prefilled)
-        return SearchOutcome(results, Timings(prefill_ms, search_ms), prompt_tokens, cached_tokens)
+        return SearchOutcome(results, Timings(prefill_ms, search_ms, cached_tokens))
 
     def _admit(
         self, requests: Sequence[SearchRequest], lease: Lease

@@ -1,0 +1,159 @@
+"""`serve`: a recommender directory behind HTTP."""
+
+import argparse
+import errno
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.errors import LeanRecError, UsageError, run_command
+
+if TYPE_CHECKING:
+    from serve.service import Service
+
+TOKEN_VARIABLE = "LEANREC_ADMIN_TOKEN"
+DRAIN_NOTICE_S = 1.0
+"""Between readiness saying no and the port closing: time for a balancer to send requests elsewhere."""
+DRAIN_LIMIT_S = 30
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the service's own options."""
+    parser = argparse.ArgumentParser(
+        prog="serve",
+        description="Serve a recommender directory: POST /recommend, a page to try it at /, docs at /docs.",
+        epilog="Any vLLM engine argument may be given besides, for example --dtype float32, "
+        "--kv-cache-memory-bytes 268435456 or --max-model-len 2048. "
+        f"PUT /catalog needs a token, from {TOKEN_VARIABLE} or --admin-token-file.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="recommender directory")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--port", default=8000, type=int, help="port, 0 for a free one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--admin-token-file", type=Path, metavar="FILE", help="file with the token of PUT /catalog"
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit code."""
+    options, vllm_arguments = make_parser().parse_known_args(argv)
+    if not 0 <= options.port <= 65_535:
+        raise UsageError(f"--port {options.port}: is not between 0 and 65535")
+    token = read_token(options.admin_token_file)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    listener = listen(options.host, options.port)
+    host, port = listener.getsockname()[:2]
+
+    from serve.app import create_app
+    from serve.service import Loaded, Service
+
+    def load() -> Loaded:
+        from serve.loading import load_in_vllm
+
+        return load_in_vllm(options.model, vllm_arguments)
+
+    service = Service(load)
+    logging.getLogger("serve").info("listening on http://%s:%d, loading %s", host, port, options.model)
+    _run(service, create_app(service, token), listener)
+    if service.failure is not None:
+        if isinstance(service.failure, LeanRecError):
+            raise service.failure
+        raise LeanRecError(f"{options.model}: cannot be served ({service.failure})") from service.failure
+    return 0
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before anything slow begins.
+
+    Raises:
+        LeanRecError: the address is in use, not ours, or not to be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except socket.gaierror as error:
+        raise LeanRecError(f"--host {host}: is not an address ({error.strerror})") from error
+    except OSError as error:
+        reasons = {
+            errno.EADDRINUSE: "is in use; stop what listens there or choose another --port",
+            errno.EACCES: "may not be used by this user; choose a --port above 1023",
+            errno.EADDRNOTAVAIL: "is not an address of this machine; choose another --host",
+        }
+        reason = reasons.get(error.errno or 0, f"cannot be used ({error.strerror})")
+        raise LeanRecError(f"{host}:{port}: {reason}") from error
+
+
+def read_token(path: Path | None) -> str | None:
+    """Return the administrator's token from the file or the environment, or None.
+
+    Raises:
+        LeanRecError: the file cannot be read or is empty.
+    """
+    if path is None:
+        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LeanRecError(f"--admin-token-file {path}: cannot be read ({error})") from error
+    if not token:
+        raise LeanRecError(f"--admin-token-file {path}: is empty")
+    return token
+
+
+def _run(service: "Service", app: object, listener: socket.socket) -> None:
+    import asyncio
+
+    import psutil
+    import uvicorn
+
+    class DrainingServer(uvicorn.Server):
+        """On the first signal: not ready, then closed; requests under way are answered. Then exit code 0."""
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            if service.state == "draining" or service.is_loading:
+                self.force_exit = service.state == "draining"
+                self.should_exit = True
+                return
+            service.drain()
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(loop.call_later, DRAIN_NOTICE_S, self._stop)
+
+        def _stop(self) -> None:
+            self.should_exit = True
+
+    server = DrainingServer(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            lifespan="on",
+            timeout_graceful_shutdown=DRAIN_LIMIT_S,
+        )
+    )
+    service.on_failure = server._stop
+    server.run(sockets=[listener])
+    if service.is_loading:
+        # A thread in the middle of loading cannot be stopped, and nothing depends on it.
+        for child in psutil.Process().children(recursive=True):
+            child.kill()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+def run() -> None:
+    """Console script."""
+    sys.exit(run_command(main))
+
+
+if __name__ == "__main__":
+    run()

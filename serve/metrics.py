@@ -1,0 +1,63 @@
+"""What the service tells Prometheus."""
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+
+STAGES = ("queue", "prefill", "search", "total")
+disable_created_metrics()  # one more line for every series, which nobody reads
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+
+
+class Metrics:
+    """One application's metrics, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        registry = self.registry
+        self.requests = Counter("leanrec_requests", "HTTP requests.", ["path", "status"], registry=registry)
+        self.answers = Counter(
+            "leanrec_answers",
+            "Recommendations by kind: exact, inexact (the search budget ended), cold_start.",
+            ["kind"],
+            registry=registry,
+        )
+        self.stage_seconds = Histogram(
+            "leanrec_stage_seconds",
+            "Time of a request in each stage.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self.batch_size = Histogram(
+            "leanrec_batch_size", "Requests in a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=registry
+        )
+        self.expansions = Histogram(
+            "leanrec_expansions",
+            "Trie nodes opened for a request.",
+            buckets=(4, 8, 16, 32, 64, 128, 256),
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("leanrec_prompt_tokens", "Prompt tokens asked.", registry=registry)
+        self.cached_tokens = Counter(
+            "leanrec_cached_prompt_tokens", "Prompt tokens found in the prefix cache.", registry=registry
+        )
+        self.waiting = Gauge("leanrec_waiting", "Requests waiting for a batch.", registry=registry)
+        self.ready = Gauge("leanrec_ready", "1 when requests are answered.", registry=registry)
+        self.catalog = Gauge(
+            "leanrec_catalog", "1 for the catalogue version served.", ["version"], registry=registry
+        )
+
+    def serve_catalog(self, version: str) -> None:
+        """Tell which catalogue is served."""
+        self.catalog.clear()
+        self.catalog.labels(version).set(1)
+
+    def text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,168 @@
+"""The JSON of the service. Requests are strict: no coercion, no unknown keys, everything bounded."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_HISTORY = 10_000
+MAX_K = 100
+MAX_CATALOG_ITEMS = 2_000_000
+
+ItemId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Title = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+class RecommendRequest(BaseModel):
+    """A history and what is wanted after it."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        json_schema_extra={"examples": [{"history": ["50", "181"], "k": 10}]},
+    )
+
+    history: list[ItemId] | None = Field(
+        None,
+        max_length=MAX_HISTORY,
+        description="Item ids, oldest first. The newest that fit the prompt are read. "
+        "Unknown ones are skipped and told in `unknown_items`; if none is known, the answer is the cold "
+        "start: the most popular items.",
+    )
+    history_titles: list[Title] | None = Field(
+        None, max_length=MAX_HISTORY, description="Titles in place of ids, oldest first."
+    )
+    k: int = Field(10, ge=1, le=MAX_K, description="How many items are wanted.")
+    exclude_history: bool = Field(True, description="Leave out the items of the history.")
+    exclude: list[ItemId] = Field(
+        default_factory=list, max_length=MAX_HISTORY, description="Further item ids to leave out."
+    )
+    candidates: list[ItemId] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_HISTORY,
+        description="The only item ids that may be recommended; unknown ones are told in `unknown_items`.",
+    )
+    user_id: str | None = Field(
+        None, max_length=256, description="Accepted for the caller's own use; not read."
+    )
+
+    @model_validator(mode="after")
+    def _one_history(self) -> "RecommendRequest":
+        if (self.history is None) == (self.history_titles is None):
+            raise ValueError("give exactly one of history and history_titles; an empty list is a cold start")
+        return self
+
+
+class RecommendedItem(BaseModel):
+    """One item of the answer."""
+
+    rank: int
+    item_id: str
+    title: str
+    score: float = Field(
+        description="Natural logarithm of the title's probability, renormalised over the catalogue; in a "
+        "cold start, of the item's share of the training interactions (one added to every count)."
+    )
+
+
+class StageTimings(BaseModel):
+    """Milliseconds. Prefill and search are those of the whole batch the request was answered in."""
+
+    queue: float
+    prefill: float
+    search: float
+    total: float
+
+
+class RecommendResponse(BaseModel):
+    """The best items, best first."""
+
+    items: list[RecommendedItem]
+    exact: bool = Field(description="Whether this is provably the top k under the score.")
+    cold_start: bool = Field(description="Whether no history item was known: the most popular items.")
+    unknown_items: list[str] = Field(
+        description="What the request's history and candidates name and the catalogue lacks."
+    )
+    model: str
+    catalog_version: str
+    timings_ms: StageTimings
+
+
+class Parameters(BaseModel):
+    total: int
+    embedding: int = Field(description="Embedding and language-model head.")
+    non_embedding: int
+
+
+class ModelShape(BaseModel):
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+
+class ModelInfo(BaseModel):
+    """What is served."""
+
+    name: str
+    architecture: str
+    shape: ModelShape
+    parameters: Parameters
+    weights_bytes: int = Field(description="All parameters in the precision they are served in.")
+    kv_cache_bytes: int = Field(description="Reserved for the KV cache.")
+    dtype: str
+    engine: Literal["worker", "pooling", "transformers"]
+    max_history: int
+    catalog_version: str
+    vllm: str | None
+    leanrec: str
+
+
+class CatalogItem(BaseModel):
+    item_id: str
+    title: str
+    popularity: int
+
+
+class CatalogPage(BaseModel):
+    """Part of the catalogue, most popular first."""
+
+    catalog_version: str
+    total: int = Field(description="Items that match, all of them where nothing is searched for.")
+    items: list[CatalogItem]
+
+
+class CatalogRow(BaseModel):
+    """One item of a new catalogue."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    item_id: ItemId
+    title: Title
+    popularity: int = Field(0, ge=0, le=2**53)
+
+
+class CatalogSummary(BaseModel):
+    """The catalogue that is served from now on."""
+
+    catalog_version: str
+    items: int
+    distinct_titles: int
+
+
+class Health(BaseModel):
+    status: Literal["live", "ready"]
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str
+    request_id: str
+    errors: list[dict[str, str]] | None = Field(None, description="What is wrong, field by field (422).")

@@ -1,0 +1,255 @@
+"""The service behind the HTTP: an engine with its life, its catalogue and its queue."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Literal
+
+from models.catalog import Catalog
+from models.checkpoint import Recommender
+from models.engine import Engine
+from models.errors import LeanRecError
+from models.families import Shape, Traits, count_parameters
+from models.golden import Golden
+from models.search import SearchRequest, SearchResult
+from serve.batching import Answered, Batcher, BatchLimits
+from serve.metrics import STAGES, Metrics
+from serve.problems import ServiceProblem, unavailable
+from serve.recommend import Prepared, cold_start, prepare, recommended_items
+from serve.schemas import (
+    CatalogSummary,
+    ModelInfo,
+    ModelShape,
+    Parameters,
+    RecommendRequest,
+    RecommendResponse,
+    StageTimings,
+)
+from serve.shelf import Shelf
+from serve.warmup import warm_up
+
+STARTING_RETRY_S = 5
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A recommender in an engine."""
+
+    recommender: Recommender
+    engine: Engine
+    kind: Literal["worker", "pooling", "transformers"]
+    dtype: str
+    max_length: int
+    """Most tokens of prompt and title together"""
+    kv_cache_bytes: int
+    vllm: str | None
+    golden: Callable[[], Golden]
+    limits: BatchLimits = field(default_factory=BatchLimits)
+
+
+class Service:
+    """Loads, warms up, answers, drains. Everything but the engine's own work happens on the event loop."""
+
+    def __init__(self, load: Callable[[], Loaded]) -> None:
+        self.metrics = Metrics()
+        self.state: Literal["starting", "warming", "ready", "draining", "failed"] = "starting"
+        self.failure: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._load = load
+        # One thread for all of the engine's life: the loop is never blocked, the engine never shared.
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._swapping = asyncio.Lock()
+        self._loaded: Loaded | None = None
+        self._shelf: Shelf | None = None
+        self._batcher: Batcher | None = None
+
+    @property
+    def is_loading(self) -> bool:
+        return self.state in ("starting", "warming")
+
+    @property
+    def shelf(self) -> Shelf:
+        """The catalogue in force.
+
+        Raises:
+            ServiceProblem: 503 until the model is loaded.
+        """
+        if self._shelf is None:
+            raise self._not_ready()
+        return self._shelf
+
+    def start(self) -> None:
+        """Begin to load; returns at once."""
+        self._tasks.append(asyncio.create_task(self._start()))
+
+    def drain(self) -> None:
+        """Tell that no more requests should be sent; those that come are answered."""
+        if self.state != "failed":
+            self.state = "draining"
+        self.metrics.ready.set(0)
+
+    async def stop(self) -> None:
+        """Release the engine."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._batcher is not None and self._loaded is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        """Answer one request.
+
+        Raises:
+            ServiceProblem: not ready, too many waiting, or the engine failed.
+        """
+        begun = time.perf_counter()
+        loaded, batcher, shelf = self._serving()
+        prepared = prepare(request, shelf, loaded.max_length - shelf.deepest)
+        if prepared.search is None:
+            answered = Answered(cold_start(prepared, shelf), 0.0, 0.0, 0.0)
+        else:
+            answered = await batcher.answer(prepared.search, shelf)
+        timings = StageTimings(
+            queue=answered.queue_ms,
+            prefill=answered.prefill_ms,
+            search=answered.search_ms,
+            total=1e3 * (time.perf_counter() - begun),
+        )
+        self._count(prepared, answered.result, timings)
+        return RecommendResponse(
+            items=recommended_items(answered.result, shelf),
+            exact=answered.result.exact,
+            cold_start=prepared.search is None,
+            unknown_items=prepared.unknown,
+            model=loaded.recommender.directory.resolve().name,
+            catalog_version=shelf.version,
+            timings_ms=timings,
+        )
+
+    async def swap_catalog(self, parse: Callable[[], Catalog]) -> CatalogSummary:
+        """Serve another catalogue. Requests that came before are still answered from the old one.
+
+        Raises:
+            LeanRecError: the new catalogue is not valid; the old one stays.
+            ServiceProblem: 503 when not ready.
+        """
+        async with self._swapping:
+            loaded, batcher, _ = self._serving()
+            shelf = await asyncio.to_thread(_make_shelf, loaded, parse)
+            # A first search through the queue: the engine takes the trie between two batches.
+            probe = SearchRequest(prompt=shelf.prompter.encode(shelf.popular[:1].tolist()))
+            await batcher.answer(probe, shelf)
+            self._shelf = shelf
+            self.metrics.serve_catalog(shelf.version)
+            logger.info("catalogue %s with %d items is served", shelf.version, len(shelf.catalog))
+            return CatalogSummary(
+                catalog_version=shelf.version,
+                items=len(shelf.catalog),
+                distinct_titles=shelf.trie.num_leaves,
+            )
+
+    def model_info(self) -> ModelInfo:
+        """Return what is served.
+
+        Raises:
+            ServiceProblem: 503 until the model is loaded.
+        """
+        if self._loaded is None:
+            raise self._not_ready()
+        loaded, config = self._loaded, self._loaded.recommender.config
+        shape = Shape.of(config)
+        counts = count_parameters(shape, Traits.of(config))
+        return ModelInfo(
+            name=loaded.recommender.directory.resolve().name,
+            architecture=config.architectures[0],
+            shape=ModelShape(**asdict(shape)),
+            parameters=Parameters(
+                total=counts.total,
+                embedding=counts.total - counts.non_embedding,
+                non_embedding=counts.non_embedding,
+            ),
+            weights_bytes=counts.total * BYTES[loaded.dtype],
+            kv_cache_bytes=loaded.kv_cache_bytes,
+            dtype=loaded.dtype,
+            engine=loaded.kind,
+            max_history=loaded.recommender.prompt.max_history,
+            catalog_version=self.shelf.version,
+            vllm=loaded.vllm,
+            leanrec=version("leanrec"),
+        )
+
+    async def _start(self) -> None:
+        loop = asyncio.get_running_loop()
+        begun = time.perf_counter()
+        try:
+            loaded = await loop.run_in_executor(self._thread, self._load)
+            if self.state == "starting":
+                self.state = "warming"
+            shelf = await asyncio.to_thread(_warm_shelf, loaded.recommender)
+            await loop.run_in_executor(self._thread, _warm_engine, loaded)
+        except Exception as error:
+            self.failure, self.state = error, "failed"
+            self.on_failure()
+            return
+        self._loaded, self._shelf = loaded, shelf
+        self._batcher = Batcher(loaded.engine, shelf, self._thread, loaded.limits, self.metrics)
+        self._tasks.append(asyncio.create_task(self._batcher.run()))
+        self.metrics.serve_catalog(shelf.version)
+        if self.state == "warming":
+            self.state = "ready"
+            self.metrics.ready.set(1)
+            logger.info(
+                "ready after %.1f s: %s, %d items, engine %s",
+                time.perf_counter() - begun,
+                loaded.recommender.directory,
+                len(shelf.catalog),
+                loaded.kind,
+            )
+
+    def _serving(self) -> tuple[Loaded, Batcher, Shelf]:
+        if self._loaded is None or self._batcher is None or self._shelf is None:
+            raise self._not_ready()
+        return self._loaded, self._batcher, self._shelf
+
+    def _not_ready(self) -> ServiceProblem:
+        return unavailable(f"the service is {self.state}, not ready", STARTING_RETRY_S)
+
+    def _count(self, prepared: Prepared, result: SearchResult, timings: StageTimings) -> None:
+        metrics = self.metrics
+        if prepared.search is None:
+            metrics.answers.labels("cold_start").inc()
+            return
+        metrics.answers.labels("exact" if result.exact else "inexact").inc()
+        metrics.expansions.observe(result.expansions)
+        for stage in STAGES:
+            metrics.stage_seconds.labels(stage).observe(getattr(timings, stage) / 1e3)
+
+
+def _warm_shelf(recommender: Recommender) -> Shelf:
+    shelf = Shelf.of(recommender)
+    shelf.fill()
+    return shelf
+
+
+def _warm_engine(loaded: Loaded) -> None:
+    warm_up(loaded.engine, loaded.recommender, loaded.golden(), loaded.dtype, loaded.limits.requests)
+
+
+def _make_shelf(loaded: Loaded, parse: Callable[[], Catalog]) -> Shelf:
+    shelf = Shelf.with_catalog(loaded.recommender, parse())
+    shelf.fill()
+    if 2 * shelf.deepest > loaded.max_length:
+        raise LeanRecError(
+            f"catalogue: a title takes {shelf.deepest} tokens; with --max-model-len {loaded.max_length} "
+            "there is no room for a history before it"
+        )
+    return shelf

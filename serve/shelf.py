@@ -1,0 +1,136 @@
+"""One version of the catalogue with all that is derived from it; a swap replaces it whole."""
+
+import hashlib
+import io
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
+
+from models.catalog import Catalog, make_catalog
+from models.errors import LeanRecError
+from serve.schemas import MAX_CATALOG_ITEMS, CatalogItem, CatalogPage, CatalogRow
+
+if TYPE_CHECKING:
+    from models.checkpoint import Recommender
+    from models.prompt import Prompter
+    from models.trie import Trie
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """A catalogue ready to be recommended from."""
+
+    catalog: Catalog
+    prompter: "Prompter"
+    trie: "Trie"
+
+    @staticmethod
+    def of(recommender: "Recommender") -> "Shelf":
+        """Return the recommender's own catalogue."""
+        return Shelf(recommender.catalog, recommender.prompter, recommender.trie)
+
+    @staticmethod
+    def with_catalog(recommender: "Recommender", catalog: Catalog) -> "Shelf":
+        """Return another catalogue for the same model.
+
+        Raises:
+            LeanRecError: its titles cannot make a trie.
+        """
+        return Shelf.of(replace(recommender, catalog=catalog))
+
+    def fill(self) -> None:
+        """Derive now what requests will need, so that none of them waits for it."""
+        _ = self.version, self.deepest, self.popular, self.log_share, self._folded_titles
+        _ = self.catalog.row_of, self.catalog.row_of_title, self.prompter.title_tokens
+
+    @cached_property
+    def version(self) -> str:
+        """Hash of ids, titles and popularity, 12 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for item_id, title in zip(self.catalog.item_ids, self.catalog.titles, strict=True):
+            digest.update(f"{len(item_id)} {item_id} {title}\n".encode())
+        digest.update(self.catalog.popularity.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def deepest(self) -> int:
+        """Most tokens a search appends to a prompt."""
+        return int(self.trie.depth.max())
+
+    @cached_property
+    def popular(self) -> np.ndarray:
+        """Catalogue rows, most popular first, then by item id: int64 `[items]`."""
+        return np.argsort(self.trie.item_order, kind="stable")
+
+    @cached_property
+    def log_share(self) -> np.ndarray:
+        """Log share of the training interactions, one added to every count: float64 `[items]`."""
+        counts = self.catalog.popularity.astype(np.float64) + 1.0
+        return np.log(counts / counts.sum())
+
+    @cached_property
+    def _folded_titles(self) -> list[str]:
+        return [title.casefold() for title in self.catalog.titles]
+
+    def page(self, search: str, offset: int, limit: int) -> CatalogPage:
+        """Return the items whose title holds `search`, most popular first."""
+        rows = self.popular.tolist()
+        if search:
+            wanted = search.casefold()
+            rows = [row for row in rows if wanted in self._folded_titles[row]]
+        items = [
+            CatalogItem(
+                item_id=self.catalog.item_ids[row],
+                title=self.catalog.titles[row],
+                popularity=int(self.catalog.popularity[row]),
+            )
+            for row in rows[offset : offset + limit]
+        ]
+        return CatalogPage(catalog_version=self.version, total=len(rows), items=items)
+
+
+def parse_catalog(body: bytes, media_type: str) -> Catalog:
+    """Return the catalogue in a request's body: JSON rows, or Parquet.
+
+    Raises:
+        LeanRecError: neither, or content that is not a catalogue.
+    """
+    if media_type == "application/json":
+        try:
+            rows = TypeAdapter(list[CatalogRow]).validate_json(body, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise LeanRecError(f"catalogue: {where + ': ' if where else ''}{first['msg']}") from error
+        _check_size(len(rows))
+        counts = np.array([row.popularity for row in rows], np.int64)
+        return make_catalog([r.item_id for r in rows], [r.title for r in rows], counts, "catalogue")
+    try:
+        with pq.ParquetFile(io.BytesIO(body)) as file:
+            _check_size(file.metadata.num_rows)  # before a small file unpacks to a large table
+            known = {"item_id", "title", "popularity"}.intersection(file.schema_arrow.names)
+            table = file.read(columns=sorted(known))
+        if missing := {"item_id", "title"} - set(table.column_names):
+            raise LeanRecError(f"catalogue: lacks the column {', '.join(sorted(missing))}")
+        counts = np.zeros(len(table), np.int64)
+        if "popularity" in table.column_names:
+            counts = table["popularity"].cast(pa.int64()).fill_null(0).to_numpy()
+        item_ids = table["item_id"].cast(pa.string()).to_pylist()
+        titles = table["title"].cast(pa.string()).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise LeanRecError(
+            f"catalogue: not a readable Parquet table ({str(error).splitlines()[0]})"
+        ) from error
+    if None in item_ids or (counts < 0).any():
+        raise LeanRecError("catalogue: every row needs an item_id, and popularity cannot be negative")
+    return make_catalog(item_ids, titles, counts, "catalogue")
+
+
+def _check_size(items: int) -> None:
+    if items > MAX_CATALOG_ITEMS:
+        raise LeanRecError(f"catalogue: {items} items; the service takes {MAX_CATALOG_ITEMS}")

@@ -1,0 +1,67 @@
+"""The service over real HTTP on the transformers engine; only the slow tests start vLLM."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from models.checkpoint import Recommender, load_model, read_recommender
+from models.golden import compute_golden
+from models.transformers_engine import TransformersEngine
+from serve.app import create_app
+from serve.batching import BatchLimits
+from serve.service import Loaded, Service
+from tests.serve.http import client_of, running, wait_until
+from tests.tiny import make_tiny_recommender
+
+TOKEN = "correct horse"
+
+
+@pytest.fixture(scope="session")
+def recommender(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
+    directory = tmp_path_factory.mktemp("served") / "tiny"
+    make_tiny_recommender(directory, num_layers=2)
+    return read_recommender(directory)
+
+
+@pytest.fixture(scope="session")
+def loaded(recommender: Recommender) -> Loaded:
+    model = load_model(recommender)
+    return Loaded(
+        recommender=recommender,
+        engine=TransformersEngine(model, recommender.trie),
+        kind="transformers",
+        dtype="float32",
+        max_length=256,
+        kv_cache_bytes=0,
+        vllm=None,
+        golden=lambda: compute_golden(recommender, model),
+        limits=BatchLimits(requests=4, waiting=16),
+    )
+
+
+class KeptOpen(Service):
+    """A service whose engine outlives it: the session's tests share one."""
+
+    async def stop(self) -> None:
+        self._loaded = None
+        await super().stop()
+
+
+@pytest.fixture(scope="session")
+def service(loaded: Loaded) -> Service:
+    return KeptOpen(lambda: loaded)
+
+
+@pytest.fixture(scope="session")
+def url(service: Service) -> Iterator[str]:
+    with running(create_app(service, TOKEN)) as address:
+        wait_until(lambda: not service.is_loading)
+        assert service.failure is None
+        yield address
+
+
+@pytest.fixture(scope="session")
+def client(url: str) -> Iterator[httpx.Client]:
+    with client_of(url) as http:
+        yield http

@@ -1,0 +1,40 @@
+"""Serving an application for a test."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """Serve the application on a free port; yield its URL."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server did not start")
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def client_of(url: str) -> httpx.Client:
+    """Return a client that goes past any proxy and waits for a slow machine."""
+    return httpx.Client(base_url=url, timeout=60, trust_env=False)
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for something that another thread is about to make true."""
+    for _ in range(6000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("waited a minute in vain")

@@ -1,0 +1,143 @@
+"""Whatever is sent, the answer is a problem that says what to do, and the service lives on."""
+
+import json
+
+import httpx
+import pytest
+
+from serve.limits import MAX_BODY_BYTES, MAX_DEPTH, nesting_depth
+
+JSON = {"content-type": "application/json"}
+
+
+def problem(response: httpx.Response, status: int) -> str:
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert "Traceback" not in response.text
+    return str(body["detail"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b'{"history": [}',
+        b"\xff\xfe",
+        b'{"history": ["\xc3("]}',
+        b"[" * 100_000,
+        b'{"history":' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"}",
+        b'{"k": ' + b"9" * 5000 + b', "history": []}',
+    ],
+    ids=["empty", "cut", "broken", "not-utf8", "bad-utf8", "deep-open", "deep", "huge-number"],
+)
+def test_malformed(client: httpx.Client, body: bytes) -> None:
+    response = client.post("/recommend", content=body, headers=JSON)
+    assert response.status_code in (400, 422), response.text
+    problem(response, response.status_code)
+
+
+def test_deep_nesting_is_named(client: httpx.Client) -> None:
+    text = b'{"history":' + b"[" * 50 + b"]" * 50 + b"}"
+    assert "nested deeper" in problem(client.post("/recommend", content=text, headers=JSON), 400)
+
+
+def test_brackets_in_titles_are_no_nesting(client: httpx.Client) -> None:
+    answer = client.post("/recommend", json={"history_titles": ['[{"' * 30, "[REC] (2007)"]})
+    assert answer.status_code == 200
+    assert answer.json()["cold_start"] is True
+
+
+@pytest.mark.parametrize(
+    ("text", "depth"), [("[[1], {}]" + " " * 9, 2), ('["[[[", "\\"]["]', 1), ("[]]]", 1)]
+)
+def test_nesting_depth(text: str, depth: int) -> None:
+    many = b"[" + b"[]," * MAX_DEPTH + b"[]]"  # enough brackets to be counted at all
+    assert nesting_depth(many) == 2
+    assert nesting_depth(b"[" + many + b"," + text.encode() + b"]") == max(3, depth + 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "history"),
+        ([], "body"),
+        ("text", "body"),
+        ({"history": "i1"}, "history"),
+        ({"history": [1]}, "history.0"),
+        ({"history": [None]}, "history.0"),
+        ({"history": [["i1"]]}, "history.0"),
+        ({"history": [""]}, "history.0"),
+        ({"history": ["x" * 300]}, "history.0"),
+        ({"history": ["i1"], "history_titles": ["t"]}, "history"),
+        ({"history": ["i1"] * 10_001}, "history"),
+        ({"history": ["i1"], "k": 0}, "k"),
+        ({"history": ["i1"], "k": -1}, "k"),
+        ({"history": ["i1"], "k": 101}, "k"),
+        ({"history": ["i1"], "k": "10"}, "k"),
+        ({"history": ["i1"], "k": True}, "k"),
+        ({"history": ["i1"], "k": 2.5}, "k"),
+        ({"history": ["i1"], "exclude_history": 1}, "exclude_history"),
+        ({"history": ["i1"], "candidates": []}, "candidates"),
+        ({"history": ["i1"], "exclude": {"i1": 1}}, "exclude"),
+        ({"history": ["i1"], "user_id": 7}, "user_id"),
+        ({"history": ["i1"], "temperature": 1}, "temperature"),
+    ],
+)
+def test_wrong_types_and_values_are_named(client: httpx.Client, body: object, field: str) -> None:
+    assert field in problem(client.post("/recommend", json=body), 422)
+
+
+def test_lone_surrogates(client: httpx.Client) -> None:
+    problem(client.post("/recommend", content=rb'{"history": ["\ud800"]}', headers=JSON), 422)
+
+
+def test_values_are_not_told_again(client: httpx.Client) -> None:
+    response = client.post("/recommend", json={"history": ["i1"], "k": "my secret"})
+    assert "my secret" not in response.text
+
+
+def test_many_errors_are_cut_short(client: httpx.Client) -> None:
+    response = client.post("/recommend", json={"history": [1] * 5000})
+    assert len(response.json()["errors"]) == 20
+    assert "4999 more" in problem(response, 422)
+
+
+def test_not_json_at_all(client: httpx.Client) -> None:
+    assert "Content-Type" in problem(client.post("/recommend", content=b"history=1"), 422)
+
+
+def test_oversized(client: httpx.Client) -> None:
+    body = json.dumps({"history": ["x" * 250] * (MAX_BODY_BYTES // 250)})
+    assert "larger" in problem(client.post("/recommend", content=body, headers=JSON), 413)
+
+
+def test_oversized_in_chunks(client: httpx.Client) -> None:
+    chunks = (b"[" * 100_000 for _ in range(MAX_BODY_BYTES // 100_000 + 2))
+    problem(client.post("/recommend", content=chunks, headers=JSON), 413)
+
+
+def test_unknown_path_and_method(client: httpx.Client) -> None:
+    problem(client.get("/recommendations"), 404)
+    response = client.get("/recommend")
+    problem(response, 405)
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "offset=-1", "limit=x", "search=" + "x" * 300])
+def test_catalog_queries(client: httpx.Client, query: str) -> None:
+    assert query.partition("=")[0] in problem(client.get(f"/catalog?{query}"), 422)
+
+
+def test_request_id_is_kept_or_made(client: httpx.Client) -> None:
+    given = client.get("/health/live", headers={"x-request-id": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    strange = client.get("/health/live", headers={"x-request-id": "a b\t<script>"})
+    assert strange.headers["x-request-id"] != "a b\t<script>"
+
+
+def test_service_lives_on(client: httpx.Client) -> None:
+    assert client.post("/recommend", json={"history": ["i1"]}).status_code == 200

@@ -1,0 +1,166 @@
+"""POST /recommend: what is answered, and to what."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from models.checkpoint import Recommender
+from models.search import SearchRequest
+from serve.service import Loaded
+
+
+def ask(client: httpx.Client, **body: object) -> dict:
+    response = client.post("/recommend", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def test_answer_is_the_engines(client: httpx.Client, loaded: Loaded) -> None:
+    recommender = loaded.recommender
+    history = ["i3", "i4", "i6"]
+    answer = ask(client, history=history, k=7)
+    rows = [recommender.catalog.row_of[i] for i in history]
+    expected = loaded.engine.recommend(
+        [SearchRequest(prompt=recommender.prompter.encode(rows), k=7, excluded=frozenset(rows))]
+    )[0]
+    assert [item["item_id"] for item in answer["items"]] == [
+        recommender.catalog.item_ids[r] for r in expected.rows
+    ]
+    assert [item["score"] for item in answer["items"]] == pytest.approx(expected.scores, abs=1e-4)
+    assert [item["rank"] for item in answer["items"]] == [1, 2, 3, 4, 5, 6, 7]
+    assert all(
+        item["title"] == recommender.catalog.titles[r]
+        for item, r in zip(answer["items"], expected.rows, strict=True)
+    )
+    assert answer["exact"] is True
+    assert answer["cold_start"] is False
+    assert answer["model"] == "tiny"
+    assert set(answer["timings_ms"]) == {"queue", "prefill", "search", "total"}
+    assert answer["timings_ms"]["total"] >= answer["timings_ms"]["prefill"] > 0
+
+
+def test_titles_in_place_of_ids(client: httpx.Client, recommender: Recommender) -> None:
+    titles = [recommender.catalog.titles[recommender.catalog.row_of[i]] for i in ("i5", "i9")]
+    by_title = ask(client, history_titles=[f"  {titles[0]} ", titles[1], "No Such Film (1999)"])
+    assert by_title["items"] == ask(client, history=["i5", "i9"])["items"]
+    assert by_title["unknown_items"] == ["No Such Film (1999)"]
+
+
+def test_unknown_items_are_skipped_and_listed_once(client: httpx.Client) -> None:
+    answer = ask(client, history=["nope", "i5", "nope", "i9"], candidates=["i1", "gone", "i2"])
+    assert answer["unknown_items"] == ["nope", "gone"]
+    assert {item["item_id"] for item in answer["items"]} == {"i1", "i2"}
+    assert answer["cold_start"] is False
+
+
+def test_history_is_excluded_unless_told_otherwise(client: httpx.Client) -> None:
+    history = ["i5", "i9"]
+    everything = ask(client, history=history, k=80, exclude_history=False)["items"]
+    assert len(everything) == 80
+    kept = [item["item_id"] for item in everything if item["item_id"] not in {*history, "i7"}]
+    some = ask(client, history=history, k=80, exclude=["i7", "never heard of"])["items"]
+    assert [item["item_id"] for item in some] == kept
+
+
+def test_scores_are_probabilities_over_the_catalogue(client: httpx.Client, recommender: Recommender) -> None:
+    items = ask(client, history=["i5"], k=80, exclude_history=False)["items"]
+    of_title = {
+        recommender.trie.leaf_of_item[recommender.catalog.row_of[i["item_id"]]]: i["score"] for i in items
+    }
+    assert np.exp(list(of_title.values())).sum() == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("history", [[], ["nope", "neither"]])
+def test_cold_start_is_the_most_popular(
+    client: httpx.Client, recommender: Recommender, history: list[str]
+) -> None:
+    answer = ask(client, history=history, k=5, exclude=["i0"])
+    popularity = recommender.catalog.popularity
+    order = sorted(range(80), key=lambda row: (-popularity[row], recommender.catalog.item_ids[row]))
+    expected = [
+        recommender.catalog.item_ids[row] for row in order if recommender.catalog.item_ids[row] != "i0"
+    ]
+    assert [item["item_id"] for item in answer["items"]] == expected[:5]
+    assert answer["cold_start"] is True
+    assert answer["unknown_items"] == history
+    share = np.log((popularity + 1) / (popularity + 1).sum())
+    assert answer["items"][0]["score"] == pytest.approx(share[recommender.catalog.row_of[expected[0]]])
+
+
+def test_cold_start_among_candidates(client: httpx.Client, recommender: Recommender) -> None:
+    items = ask(client, history=[], candidates=["i3", "i4", "i5", "x"], k=2)["items"]
+    popularity = {
+        i: recommender.catalog.popularity[recommender.catalog.row_of[i]] for i in ("i3", "i4", "i5")
+    }
+    assert [item["item_id"] for item in items] == sorted(popularity, key=lambda i: (-popularity[i], i))[:2]
+
+
+@pytest.mark.parametrize("length", [1, 10_000])
+def test_history_of_any_length(client: httpx.Client, length: int) -> None:
+    history = [f"i{n % 40}" for n in range(length)]
+    answer = ask(client, history=history, k=3)
+    assert len(answer["items"]) == 3
+    assert not {item["item_id"] for item in answer["items"]} & set(history)
+
+
+def test_only_the_newest_items_are_read(client: httpx.Client, recommender: Recommender) -> None:
+    newest = [f"i{n}" for n in range(20, 28)]
+    assert len(newest) == recommender.prompt.max_history
+    a = ask(client, history=newest, exclude_history=False)["items"]
+    # The window moves in chunks: whole chunks of older items change nothing.
+    b = ask(client, history=[*[f"i{n}" for n in range(2)] * 3, *newest], exclude_history=False)["items"]
+    assert a == b
+
+
+def test_many_clients_get_their_own_answers(client: httpx.Client) -> None:
+    histories = [[f"i{n}", f"i{(7 * n) % 80}"] for n in range(16)]
+    alone = [ask(client, history=history)["items"] for history in histories]
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(lambda history: ask(client, history=history)["items"], histories))
+    for one, other in zip(alone, together, strict=True):
+        assert [i["item_id"] for i in one] == [i["item_id"] for i in other]
+
+
+def test_page_and_documents(client: httpx.Client) -> None:
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "http" not in page.text.replace("http-equiv", "")  # loads nothing from elsewhere
+    assert client.get("/docs").status_code == 200
+    document = client.get("/openapi.json").json()
+    recommend = document["paths"]["/recommend"]["post"]
+    for status in ("400", "413", "422", "500", "503"):
+        assert list(recommend["responses"][status]["content"]) == ["application/problem+json"]
+    assert "Problem" in document["components"]["schemas"]
+
+
+def test_model_tells_what_is_served(client: httpx.Client, recommender: Recommender) -> None:
+    model = client.get("/model").json()
+    assert model["name"] == "tiny"
+    assert model["architecture"] == "LlamaForCausalLM"
+    assert model["shape"]["num_layers"] == 2
+    parameters = model["parameters"]
+    assert parameters["total"] == parameters["embedding"] + parameters["non_embedding"]
+    stored = (recommender.directory / "model.safetensors").stat().st_size
+    assert 0 < stored - model["weights_bytes"] < 5000  # fp32 on disk too, beside a header
+    assert model["engine"] == "transformers"
+    assert model["max_history"] == 8
+
+
+def test_metrics_count_what_happened(client: httpx.Client) -> None:
+    def value(name: str) -> float:
+        lines = client.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    names = ('leanrec_requests_total{path="/recommend",status="200"}', 'leanrec_answers_total{kind="exact"}')
+    before = [value(name) for name in names]
+    cold = value('leanrec_answers_total{kind="cold_start"}')
+    ask(client, history=["i1"])
+    ask(client, history=[])
+    assert [value(name) for name in names] == [before[0] + 2, before[1] + 1]
+    assert value('leanrec_answers_total{kind="cold_start"}') == cold + 1
+    assert value("leanrec_ready") == 1
+    assert value("leanrec_catalog{") == 1
+    assert value("leanrec_stage_seconds_count") > 0
+    assert value("leanrec_prompt_tokens_total") > 0
