@@ -1,0 +1,78 @@
+"""Stage 3: layers that do nothing go first, layer 0 never."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from compress.calibrate import calibration_kl, reference_scores
+from compress.prune import prune_depth
+from compress.stage import StageReport
+from models.families import Shape
+from models.losses import ValidTokens
+
+
+def logits(model, rows):
+    with torch.no_grad():
+        return torch.cat([model(input_ids=b.input_ids, attention_mask=b.attention_mask).logits for b in rows])
+
+
+def with_silent_layers(model, silent):
+    with torch.no_grad():
+        for n in silent:
+            for output in (model.model.layers[n].self_attn.o_proj, model.model.layers[n].mlp.down_proj):
+                output.weight.zero_()
+                if output.bias is not None:
+                    output.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama-bias", "qwen2", "qwen3"])
+def test_silent_layers_go_first_and_cost_nothing(
+    family, family_config, random_model, calibration_rows, catalogue_trie
+):
+    model = with_silent_layers(random_model(family_config(family)), (1, 2))
+    shape = replace(Shape.of(model.config), num_layers=2)
+    pruned, report = prune_depth(model, shape, calibration_rows, catalogue_trie)
+    assert sorted(report.dropped_layers) == [1, 2]
+    assert report.kept["layers"] == [[0, 3]]
+    assert report.calibration_kl == pytest.approx(0, abs=1e-6)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+    assert pruned.config.num_hidden_layers == len(pruned.model.layers) == 2
+    torch.testing.assert_close(logits(pruned, calibration_rows), logits(model, calibration_rows))
+
+
+def test_layer_0_stays_even_if_it_does_nothing(family_config, random_model, calibration_rows, catalogue_trie):
+    model = with_silent_layers(random_model(family_config("mistral")), (0,))
+    shape = replace(Shape.of(model.config), num_layers=1)
+    _, report = prune_depth(model, shape, calibration_rows, catalogue_trie)
+    assert report.kept["layers"] == [[0]]
+
+
+def test_every_round_drops_the_layer_missed_least(
+    family_config, random_model, calibration_rows, catalogue_trie
+):
+    model = random_model(family_config("llama-tied"))
+    shape = replace(Shape.of(model.config), num_layers=2)
+    pruned, report = prune_depth(model, shape, calibration_rows, catalogue_trie)
+    first, second = report.importances["layers"]
+    assert first[0] == second[0] == second[report.dropped_layers[0]] == -1
+    for kls, dropped in zip((first, second), report.dropped_layers, strict=True):
+        assert kls[dropped] == min(kl for kl in kls if kl >= 0)
+    valid = ValidTokens(catalogue_trie)
+    reference = reference_scores(model, calibration_rows, valid)
+    assert report.calibration_kl == pytest.approx(
+        calibration_kl(pruned, calibration_rows, valid, reference), rel=1e-5
+    )
+
+
+def test_the_report_is_json(family_config, random_model, calibration_rows, catalogue_trie):
+    import json
+
+    model = random_model(family_config("llama-tied"))
+    shape = replace(Shape.of(model.config), num_layers=3)
+    _, report = prune_depth(model, shape, calibration_rows, catalogue_trie)
+    assert isinstance(report, StageReport)
+    told = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert told["dropped_layers"] == list(report.dropped_layers)
+    assert told["name"] == "depth"
