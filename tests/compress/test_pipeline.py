@@ -53,7 +53,8 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
         cut, restored = work.finished(directory, f"{name}-cut"), work.finished(directory, name)
         model = work.load_step_model(directory, name)
         assert Shape.of(model.config) == run.plan.stages[stage]
-        assert restored["metrics"]["nll"] == pytest.approx(min(e["nll"] for e in restored["curve"]), abs=1e-4)
+        best = min(entry["nll"] for entry in restored["curve"])
+        assert restored["metrics"]["nll"] == pytest.approx(best, abs=1e-4)
         assert restored["losses"][-1]["kl_valid"] < restored["losses"][0]["kl_valid"]
         assert cut["surgery"]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"
@@ -198,7 +199,13 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
 def test_sigkill_at_several_points_ends_with_the_same_weights(full, finished, tmp_path):
     out = tmp_path / "pruned"
     folder = work.work_directory(out)
-    for pattern in ("teacher", "1-width.trainer/checkpoint-*", "2-mlp-cut", "3-depth.trainer/*/complete", "result"):
+    for pattern in (
+        "teacher",
+        "1-width.trainer/checkpoint-*",
+        "2-mlp-cut",
+        "3-depth.trainer/*/complete",
+        "result",
+    ):
         process = subprocess.Popen(
             [sys.executable, *command(full, out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -1,17 +1,19 @@
 """Distillation: the loss, which positions it sees, the teacher's cache, and a restoration that resumes."""
 
 import dataclasses
-import json
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from compress import distill
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
 from compress.restore import RestoreSettings, restore, training_steps
-from compress.rows import collate, make_rows
-from compress.teacher import cache_teacher, open_states
-from models.checkpoint import load_model, read_recommender
+from compress.rows import RestorationRows, collate, make_rows
+from compress.teacher import TeacherStates, cache_teacher, open_states
+from models.checkpoint import Recommender, load_model, read_recommender
 from models.errors import LeanRecError
 from models.losses import ValidTokens, vocabulary_kl
 from models.streams import StreamConfig
@@ -43,22 +45,49 @@ def states(teacher, rows, tmp_path_factory):
     return open_states(rows, directory)
 
 
-@pytest.fixture
-def student(tiny):
+@pytest.fixture(scope="module")
+def start(tiny, tmp_path_factory):
+    """The directory of a small student."""
+    directory = tmp_path_factory.mktemp("student")
     vocabulary = tiny[0].config.vocab_size
-    return tiny_model("llama", vocabulary, hidden_size=64, num_layers=1, num_heads=2, num_kv_heads=1, seed=5)
+    shape = {"hidden_size": 64, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    tiny_model("llama", vocabulary, **shape, seed=5).save_pretrained(directory)
+    return directory
 
 
-def loss_of(hidden, head, teacher_hidden, teacher_head, nodes, trie, weights=LossWeights()):  # noqa: B008
+class Bench(NamedTuple):
+    recommender: Recommender
+    teacher: torch.nn.Module
+    rows: RestorationRows
+    states: TeacherStates
+    start: Path
+
+
+@pytest.fixture(scope="module")
+def bench(tiny, teacher, rows, states, start):
+    return Bench(tiny[0], teacher, rows, states, start)
+
+
+class Pair(NamedTuple):
+    hidden: torch.Tensor
+    head: torch.Tensor
+
+
+BOTH = LossWeights()
+
+
+def loss_of(student, teacher, batch, bench, weights=BOTH):
     return distillation_loss(
-        hidden,
-        head,
-        teacher_hidden,
-        teacher_head,
-        nodes=nodes,
-        valid_tokens=ValidTokens(trie),
+        *student,
+        *teacher,
+        nodes=batch["nodes"],
+        valid_tokens=ValidTokens(bench.recommender.trie),
         weights=weights,
     )
+
+
+def head_of(model):
+    return model.get_output_embeddings().weight.detach()
 
 
 def final_hidden(model, batch):
@@ -68,16 +97,16 @@ def final_hidden(model, batch):
     return output.flatten(0, 1)[batch["positions"]]
 
 
-def test_teacher_as_student_loses_nothing_and_a_shift_by_one_shows(tiny, teacher, rows, states):
-    batch = collate([rows[i] for i in range(4)])
-    cached = torch.cat([torch.from_numpy(states.row(i).copy()) for i in range(4)])
-    head = teacher.get_output_embeddings().weight.detach()
-    hidden = final_hidden(teacher, batch).detach()
-    same = loss_of(hidden, head, cached, head, batch["nodes"], tiny[0].trie)
+def test_teacher_as_student_loses_nothing_and_a_shift_by_one_shows(bench):
+    batch = collate([bench.rows[i] for i in range(4)])
+    cached = torch.cat([torch.from_numpy(bench.states.row(i).copy()) for i in range(4)])
+    head = head_of(bench.teacher)
+    student = Pair(final_hidden(bench.teacher, batch).detach(), head)
+    same = loss_of(student, Pair(cached, head), batch, bench)
     assert float(same.valid) < 1e-5
     assert float(same.vocabulary) < 1e-5
     for shift in (1, -1):
-        shifted = loss_of(hidden, head, cached.roll(shift, 0), head, batch["nodes"], tiny[0].trie)
+        shifted = loss_of(student, Pair(cached.roll(shift, 0), head), batch, bench)
         assert float(shifted.valid) > 0.05
         assert float(shifted.vocabulary) > 0.05
 
@@ -122,18 +151,18 @@ def test_every_title_token_is_seen_at_the_position_that_predicts_it(tiny, teache
     assert not seen & set(padding)
 
 
-def test_first_title_token_has_a_gradient_and_padding_has_none(tiny, teacher, rows, states):
-    batch = collate([rows[0]])
+def test_first_title_token_has_a_gradient_and_forced_tokens_none(bench):
+    batch = collate([bench.rows[0]])
     hidden = torch.randn(len(batch["positions"]), 128, requires_grad=True)
-    head = teacher.get_output_embeddings().weight.detach()
-    cached = torch.from_numpy(states.row(0).copy())
+    head = head_of(bench.teacher)
+    cached = torch.from_numpy(bench.states.row(0).copy())
     only_valid = LossWeights(valid=1.0, vocabulary=0.0)
-    loss_of(hidden, head, cached, head, batch["nodes"], tiny[0].trie, only_valid).total.backward()
+    loss_of(Pair(hidden, head), Pair(cached, head), batch, bench, only_valid).total.backward()
     norms = hidden.grad.norm(dim=1)
-    first = rows[0]["position_ids"][batch["positions"]] == 0
+    first = bench.rows[0]["position_ids"][batch["positions"]] == 0
     assert first.any()
     assert (norms[first] > 0).all()
-    assert (norms[batch["nodes"] < 0] == 0).all(), "forced tokens are not in the valid-token loss"
+    assert (norms[batch["nodes"] < 0] == 0).all()
 
 
 def test_chunked_kl_has_the_value_and_gradients_of_the_plain_one(monkeypatch):
@@ -172,51 +201,48 @@ def test_teacher_states_beyond_fp16_are_refused(tiny, rows, tmp_path):
 SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, seed=3)
 
 
-def run_restore(student, tiny, teacher, rows, states, directory, validate, settings=SETTINGS):
+def run_restore(bench, directory, validate, settings=SETTINGS, start=None):
     return restore(
-        student,
-        teacher_head=teacher.get_output_embeddings().weight.detach().clone(),
-        states=states,
-        rows=rows,
-        trie=tiny[0].trie,
+        start or bench.start,
+        teacher_head=bench.teacher.get_output_embeddings().weight.detach().clone(),
+        states=bench.states,
+        rows=bench.rows,
+        trie=bench.recommender.trie,
         validate=validate,
         directory=directory,
         settings=settings,
     )
 
 
-def mean_kl(model, tiny, teacher, rows, states):
+def mean_kl(model, bench):
     """Distance from the teacher over valid tokens on all rows."""
     with torch.inference_mode():
-        batch = collate([rows[i] for i in range(len(rows))])
-        cached = torch.cat([torch.from_numpy(states.row(i).copy()) for i in range(len(rows))])
-        heads = [m.get_output_embeddings().weight for m in (model, teacher)]
-        loss = loss_of(final_hidden(model, batch), heads[0], cached, heads[1], batch["nodes"], tiny[0].trie)
+        batch = collate([bench.rows[i] for i in range(len(bench.rows))])
+        cached = torch.cat([torch.from_numpy(bench.states.row(i).copy()) for i in range(len(bench.rows))])
+        hidden = final_hidden(model, batch)
+        loss = loss_of(Pair(hidden, head_of(model)), Pair(cached, head_of(bench.teacher)), batch, bench)
     return float(loss.valid)
 
 
-def test_restoration_comes_closer_and_resumes_to_the_same_bytes(
-    student, tiny, teacher, rows, states, tmp_path
-):
-    before = mean_kl(student, tiny, teacher, rows, states)
-
+def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path):
     calls = []
 
     def validate(model):
         calls.append(1)
-        return mean_kl(model, tiny, teacher, rows, states)
+        return mean_kl(model, bench)
 
-    start = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    whole = run_restore(student, tiny, teacher, rows, states, tmp_path / "whole", validate)
-    assert mean_kl(whole.model, tiny, teacher, rows, states) < 0.8 * before
-    steps, every = training_steps(rows, SETTINGS)
-    assert whole.course.steps == steps
-    assert steps % every == 0
-    assert whole.course.curve[0]["tokens"] == 0, "the state right after the cut is on the curve"
-    assert whole.course.losses[-1]["kl_valid"] < whole.course.losses[0]["kl_valid"]
-
+    whole = run_restore(bench, tmp_path / "whole", validate)
     evaluations = len(whole.course.curve)
     assert len(calls) == evaluations
+    first, last = whole.course.curve[0], whole.course.curve[-1]
+    assert first["tokens"] == 0, "the state right after the cut is on the curve"
+    assert last["nll"] < 0.8 * first["nll"]
+    assert mean_kl(whole.model, bench) == pytest.approx(last["nll"], abs=1e-4)
+    assert whole.course.losses[-1]["kl_valid"] < whole.course.losses[0]["kl_valid"]
+    steps, every = training_steps(bench.rows, SETTINGS)
+    assert whole.course.steps == steps
+    assert steps % every == 0
+
     calls.clear()
 
     def killed(model):
@@ -224,47 +250,42 @@ def test_restoration_comes_closer_and_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return validate(model)
 
-    student.load_state_dict(start)
     with pytest.raises(KeyboardInterrupt):
-        run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", killed)
+        run_restore(bench, tmp_path / "cut", killed)
     half = tmp_path / "cut" / f"checkpoint-{3 * every}"
     half.mkdir()
     (half / "trainer_state.json").write_text("{")  # killed while saving
-    student.load_state_dict(start)
-    resumed = run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", validate)
+    resumed = run_restore(bench, tmp_path / "cut", validate)
     assert len(calls) == evaluations, "it went on from the third, it did not start anew"
     assert resumed.course.curve == whole.course.curve
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
     # Finished, but its step was not saved yet: nothing is trained again.
-    again = run_restore(student, tiny, teacher, rows, states, tmp_path / "cut", validate)
+    again = run_restore(bench, tmp_path / "cut", validate)
     assert len(calls) == evaluations
-    assert torch.equal(
-        again.model.state_dict()["model.norm.weight"], whole.model.state_dict()["model.norm.weight"]
+    assert torch.equal(head_of(again.model), head_of(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("values", "best"), [([5.0, 4.0, 1.0, 2.0, 3.0, 3.5], 2), ([1.0, 4.0, 3.0, 2.0, 3.0, 3.5], 0)]
+)
+def test_the_best_state_is_kept_not_the_last(bench, tmp_path, values, best):
+    given = iter(values)
+    result = run_restore(bench, tmp_path, lambda model: next(given))
+    _, every = training_steps(bench.rows, SETTINGS)
+    assert result.course.best_step == best * every
+    kept = AutoModelForCausalLM.from_pretrained(
+        tmp_path / f"checkpoint-{best * every}" if best else bench.start
     )
+    assert torch.equal(head_of(result.model), head_of(kept))
 
 
-def test_the_best_state_is_kept_not_the_last(student, tiny, teacher, rows, states, tmp_path):
-    values = iter([5.0, 4.0, 1.0, 2.0, 3.0, 3.5])
-    result = run_restore(student, tiny, teacher, rows, states, tmp_path, lambda model: next(values))
-    _, every = training_steps(rows, SETTINGS)
-    assert result.course.best_step == 2 * every
-    state = json.loads((tmp_path / f"checkpoint-{2 * every}" / "trainer_state.json").read_text())
-    assert state["best_metric"] == 1.0
-
-
-def test_a_loss_that_is_not_finite_stops_with_an_error(student, tiny, teacher, rows, states, tmp_path):
+def test_a_loss_that_is_not_finite_stops_with_an_error(bench, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(bench.start)
     with torch.no_grad():
-        student.model.norm.weight.fill_(float("inf"))
+        model.model.norm.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "broken")
+    short = dataclasses.replace(SETTINGS, tokens=100)
     with pytest.raises(LeanRecError, match="not finite"):
-        run_restore(
-            student,
-            tiny,
-            teacher,
-            rows,
-            states,
-            tmp_path,
-            lambda model: 1.0,
-            dataclasses.replace(SETTINGS, tokens=100),
-        )
+        run_restore(bench, tmp_path / "work", lambda model: 1.0, short, start=tmp_path / "broken")

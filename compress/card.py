@@ -1,0 +1,116 @@
+"""The model card of a pruned recommender."""
+
+import json
+from typing import Any
+
+from models.checkpoint import Recommender
+
+
+def render_card(report: dict[str, Any], full: Recommender, name: str, data_name: str) -> str:
+    """Return README.md: front matter that the hub reads, then what was done and what it kept."""
+    parameters, shape = report["parameters"], report["shape"]
+    metrics = {which: report["metrics"][which]["test"] for which in ("full", "pruned")}
+    front = {
+        "base_model": str(full.training.get("base") or full.directory.resolve().name),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **({"license": full.training["license"]} if full.training.get("license") else {}),
+        "datasets": [data_name],
+        "tags": ["recommendation", "pruned", "leanrec"],
+        "model-index": [
+            {
+                "name": name,
+                "results": [
+                    {
+                        "task": {"type": "recommendation", "name": "Next-item recommendation"},
+                        "dataset": {"type": data_name, "name": data_name, "split": "test"},
+                        "metrics": [
+                            {"type": key, "name": key.upper(), "value": round(metrics["pruned"][key], 5)}
+                            for key in ("hr@10", "ndcg@10")
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    lines = [
+        "---",
+        *_yaml(front),
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A language-model recommender that reads the titles a user chose and scores the next one, pruned to "
+        f"{report['kept_non_embedding']:.2%} of the non-embedding parameters of its full model (target "
+        f"{report['target']}) and restored from it by distillation.",
+        "",
+        "| | full | pruned |",
+        "|---|---:|---:|",
+        *(
+            f"| {label} | {parameters['full'][key]:,} | {parameters['pruned'][key]:,} |"
+            for label, key in (
+                ("non-embedding parameters", "non_embedding"),
+                ("all parameters", "total"),
+                ("bytes of weights", "bytes"),
+            )
+        ),
+        *(
+            f"| {key.replace('_', ' ')} | {shape['full'][key]:,} | {shape['pruned'][key]:,} |"
+            for key in shape["full"]
+        ),
+        *(
+            f"| {key.upper()} | {_with_interval(metrics['full'], key)} | {_with_interval(metrics['pruned'], key)} |"
+            for key in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
+        ),
+        "",
+        f"Measured on {metrics['pruned']['users']:,} test users of {data_name} over the full catalogue with exact "
+        "search; 95 % bootstrap intervals in brackets. Retained: "
+        + ", ".join(
+            f"{key.upper()} {value:.1%}" for key, value in report["retained"].items() if value is not None
+        )
+        + ".",
+        "",
+        "## Use",
+        "",
+        "The directory is a plain transformers checkpoint with `recommender.json` and `catalog.parquet` beside it:",
+        "",
+        f"    serve --model {name}",
+        "",
+        "It also loads with `AutoModelForCausalLM.from_pretrained` and in unmodified vLLM: greedy tokens of both "
+        f"were {'equal' if report['verify']['greedy_equal'] else 'NOT equal'} on "
+        f"{report['verify']['prompts']} prompts (largest log-probability difference "
+        f"{report['verify']['max_abs_logprob_diff']:.1e}).",
+        "",
+        "## Limits",
+        "",
+        "It knows the catalogue and the tastes of the data it was trained on, and repeats their biases. Scores are "
+        "comparable within one request only. How it was made, step by step: `report.html` and `report.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _with_interval(metrics: dict[str, Any], key: str) -> str:
+    low, high = metrics["ci95"][key]
+    return f"{metrics[key]:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _yaml(value: Any, indent: int = 0) -> list[str]:
+    """Return plain block YAML; every string is quoted as JSON, which YAML reads alike."""
+    pad = "  " * indent
+    if isinstance(value, dict):
+        lines = []
+        for key, item in value.items():
+            if isinstance(item, (dict, list)):
+                lines += [f"{pad}{key}:", *_yaml(item, indent + 1)]
+            else:
+                lines.append(f"{pad}{key}: {json.dumps(item, ensure_ascii=False)}")
+        return lines
+    lines = []
+    for item in value:
+        if isinstance(item, dict):
+            inner = _yaml(item, indent + 1)
+            lines += [f"{pad}- {inner[0].lstrip()}", *inner[1:]]
+        else:
+            lines.append(f"{pad}- {json.dumps(item, ensure_ascii=False)}")
+    return lines

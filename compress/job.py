@@ -1,0 +1,42 @@
+"""What was asked for, and what the steps of one compression read."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.plan import Plan
+from compress.recipe import Recipe
+from models.checkpoint import Recommender
+from models.data import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The command's arguments; None where it has a default."""
+
+    target: str
+    model: str | None = None
+    data: str | None = None
+    out: Path | None = None
+    recipe: str = "leanrec"
+    restore_tokens: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    plan_only: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Inputs read and checked, choices made."""
+
+    full: Recommender
+    data: Dataset
+    """numbered as the full model's catalogue"""
+    plan: Plan
+    recipe: Recipe
+    tokens: int
+    """of restoration, all stages together"""
+    seed: int
+    device: str
+    settings: dict[str, Any]
+    """all that the result depends on; a run with the same settings gives the same result"""

@@ -1,0 +1,32 @@
+"""How good a model is on validation users, between the steps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from models.checkpoint import Recommender
+from models.data import Examples
+from models.evaluate import evaluate
+from models.transformers_engine import TransformersEngine
+
+
+class Yardstick:
+    """The same validation users for every model: their prompts are made once."""
+
+    def __init__(self, recommender: Recommender, examples: Examples) -> None:
+        self.recommender, self.examples = recommender, examples
+        self._prompts: Sequence[Sequence[int]] = [
+            recommender.prompter.encode(examples.histories[index].tolist()) for index in range(len(examples))
+        ]
+
+    def nll(self, model: PreTrainedModel) -> float:
+        """Return the negative log-likelihood of the next item, renormalised over the catalogue, nats."""
+        engine = TransformersEngine(model, self.recommender.trie)
+        return -float(np.mean(engine.log_probability(self._prompts, self.examples.targets.tolist())))
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Return ranking metrics by exact search, and `nll`."""
+        engine = TransformersEngine(model, self.recommender.trie)
+        found = evaluate(engine, self.recommender.prompter, self.examples)
+        return {**found.metrics, "nll": self.nll(model)}

