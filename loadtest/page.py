@@ -27,7 +27,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, .names td:nth-child(2),
 .names th:nth-child(2) { text-align: left; } tr.strong td { font-weight: 600; background: var(--card); }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 18px; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 18px; }
 figure { margin: 0; background: var(--card); border-radius: 6px; padding: 10px 12px; }
 figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .middle { text-anchor: middle; }

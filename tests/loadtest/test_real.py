@@ -1,0 +1,33 @@
+"""The command against the real service: vLLM, the search in its worker, real prompts."""
+
+import json
+
+import pytest
+
+from loadtest.cli import main
+from tests.tiny import make_tiny_recommender
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_two_real_deployments_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    make_tiny_recommender(tmp_path / "full", num_layers=4)
+    make_tiny_recommender(tmp_path / "pruned", data=tmp_path / "tiny-data", num_layers=1)
+    out = tmp_path / "out"
+    sides = ["--full", str(tmp_path / "full"), "--pruned", str(tmp_path / "pruned")]
+    assert main([*sides, "--users", "1,2", "--seconds", "2", "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    full, pruned = (report["deployments"][side] for side in ("full", "pruned"))
+    # vLLM rounds the cache down to whole blocks.
+    assert full["kv_cache_bytes"] == pytest.approx(pruned["kv_cache_bytes"], rel=0.05)
+    assert full["weights_bytes"] > pruned["weights_bytes"]
+    for side in (full, pruned):
+        assert side["model"]["engine"] == "worker"
+        memory = side["memory"]
+        assert memory["pss_bytes"] >= memory["steady_pss_bytes"] > side["weights_bytes"] + 50_000_000
+    for level in report["levels"]:
+        for side in ("full", "pruned"):
+            assert level[side]["failures"] == 0
+            assert level[side]["requests"] > 0
+    assert report["agreement"]["prompts"] > 0

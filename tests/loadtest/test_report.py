@@ -1,0 +1,245 @@
+"""The reports of a run whose figures are known."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from loadtest import results
+from loadtest.blocks import BlockPlan, BlockRun
+from loadtest.compare import Block
+from loadtest.deployment import Deployment
+from loadtest.memory import MemoryWatch, Sample
+from loadtest.page import render
+from loadtest.plots import linear_ticks, log_ticks
+from loadtest.report import markdown
+from loadtest.session import Agreement, Plan, Session, pair_order
+
+QUALITY = {
+    "source": "runs/pruned-5/report.json",
+    "metrics": {
+        "full": {"hr@10": 0.16, "ndcg@10": 0.08, "ci95": {"hr@10": [0.14, 0.18], "ndcg@10": [0.07, 0.09]}},
+        "pruned": {"hr@10": 0.15, "ndcg@10": 0.076, "ci95": {"hr@10": [0.13, 0.17], "ndcg@10": [0.07, 0.08]}},
+    },
+    "retained": {"hr@10": 0.9375, "ndcg@10": 0.95},
+}
+
+
+def make_session(*, pairs=6, slow=40.0, fast=10.0, users=(1, 4, 16)):
+    """Each user of the full deployment waits `slow` ms on average, of the pruned one `fast` ms."""
+    plan = Plan(users=users, seconds=float(max(pairs, 1)))
+    rng = np.random.default_rng(3)
+    session = Session(plan=plan)
+    session.agreement = Agreement(same_top1=np.array([1.0, 0.0] * 50), overlap=np.full(100, 0.7))
+    number = 2
+    for load in users:
+        for pair in range(pairs):
+            for name in pair_order(pair):
+                mean = (slow if name == "full" else fast) * load**0.7
+                latencies = mean * rng.lognormal(0, 0.25, 80 + 10 * load)
+                block = Block(
+                    latencies_ms=latencies, completed=len(latencies), seconds=latencies.sum() / 1000 / load
+                )
+                block_plan = BlockPlan(number=number, users=load, warmup_s=1, window_s=block.seconds)
+                session.runs.append(
+                    BlockRun(
+                        deployment=name,
+                        plan=block_plan,
+                        started_at=1.8e9 + len(session.runs),
+                        block=block,
+                        problems={},
+                        cpu_seconds_per_request=mean / 1000,
+                    )
+                )
+            number += 1
+    return session
+
+
+def make_report(session, *, quality=None, incomplete=None, command="loadtest --full runs/ml-100k/full ..."):
+    deployments, watches = {}, {}
+    for name, weights, others in (("full", 64 << 20, 700 << 20), ("pruned", 8 << 20, 690 << 20)):
+        model = {"weights_bytes": weights, "kv_cache_bytes": 128 << 20, "max_history": 20}
+        deployments[name] = Deployment(
+            name=name, target=f"runs/{name}", url="http://127.0.0.1:1", model=model, startup_seconds=12.5
+        )
+        watch = MemoryWatch(os.getpid())
+        steady = weights + (128 << 20) + others
+        watch.samples = [Sample(steady + (200 << 20), steady), Sample(steady, steady), Sample(steady, steady)]
+        watch.num_startup_samples = 1
+        watches[name] = watch
+    settings = {
+        "command": command,
+        "data": "ml-100k",
+        "histories": 943,
+        "pairs": session.plan.num_pairs,
+        "window_seconds": session.plan.window_s,
+        "warmup_seconds": 1.0,
+        "returning": False,
+        "seed": 0,
+    }
+    return results.build(
+        session,
+        deployments,
+        watches,
+        settings=settings,
+        quality=quality,
+        machine={"cpu": "Some <CPU> & more", "cores": 2},
+        versions={"python": "3.11"},
+        incomplete=incomplete,
+    )
+
+
+def test_the_order_is_abba_then_baab():
+    assert "".join(name[0] for pair in range(4) for name in pair_order(pair)) == "fppf" + "pffp"
+
+
+def test_short_runs_get_fewer_blocks_and_never_shorter_than_a_second():
+    assert Plan(users=(1,), seconds=30).num_pairs == 6
+    assert Plan(users=(1,), seconds=3.5).num_pairs == 3
+    assert Plan(users=(1,), seconds=1).window_s == 1
+
+
+def test_the_keys_that_others_read():
+    report = json.loads(json.dumps(make_report(make_session(), quality=QUALITY), allow_nan=False))
+    assert [level["users"] for level in report["levels"]] == [1, 4, 16]
+    for level in report["levels"]:
+        assert "".join(name[0] for name in level["order"]) == "fppf" + "pffp" + "fppf"
+        for side in ("full", "pruned"):
+            measured = level[side]
+            assert measured["requests"] == 6 * (80 + 10 * level["users"])
+            assert measured["failures"] == 0
+            low, high = measured["ci95"]["requests_per_second"]
+            assert low <= measured["requests_per_second"] <= high
+            for percentile in ("p50", "p95", "p99"):
+                low, high = measured["latency_ms"]["ci95"][percentile]
+                assert low <= measured["latency_ms"][percentile] <= high
+    assert report["speedup"]["users"] == 16
+    for name in ("throughput", "p50", "p95", "p99"):
+        assert report["speedup"][name] == pytest.approx(4, rel=0.2)
+    memory = report["deployments"]["full"]["memory"]
+    assert memory["steady_pss_bytes"] == (64 + 128 + 700) << 20
+    assert memory["pss_bytes"] == (64 + 128 + 700 + 200) << 20
+    assert memory["overhead_bytes"] == 700 << 20
+    assert report["speedup"]["memory"] == pytest.approx((64 + 128 + 900) / (8 + 128 + 890))
+    assert report["agreement"]["top1"] == 0.5
+    assert report["agreement"]["overlap@10"] == pytest.approx(0.7)
+    assert len(report["blocks"]) == 36
+
+
+def test_the_verdict_says_what_is_shown():
+    verdict = make_report(make_session(), quality=QUALITY)["verdict"]
+    assert re.match(r"With 16 users the pruned deployment is [34]\.\d\d times as fast at p95 \[", verdict)
+    assert "weights 8.0 MiB against 64.0 MiB" in verdict
+    assert "kept HR@10 93.8%, NDCG@10 95.0%" in verdict
+
+
+def test_a_ratio_that_may_be_one_is_not_called_a_difference():
+    verdict = make_report(make_session(slow=10.0, users=(1,)))["verdict"]
+    assert "no faster or slower at p95 as far as this run can show" in verdict
+    assert "times as fast" not in verdict
+
+
+def test_failures_stand_in_the_verdict():
+    session = make_session(users=(1,))
+    run = session.runs[0]
+    block = Block(latencies_ms=run.block.latencies_ms, completed=80, seconds=1.0, failures=3)
+    session.runs[0] = BlockRun(
+        deployment="full",
+        plan=run.plan,
+        started_at=run.started_at,
+        block=block,
+        problems={"HTTP 503": 3},
+        cpu_seconds_per_request=None,
+    )
+    report = make_report(session)
+    assert "3 requests to the full deployment failed" in report["verdict"]
+    assert report["levels"][0]["full"]["failure_kinds"] == {"HTTP 503": 3}
+
+
+def test_a_partial_report_uses_whole_pairs_only():
+    session = make_session(pairs=6, users=(1, 4))
+    del session.runs[-3:]
+    report = make_report(
+        session, incomplete="the full deployment ended with exit code 9; the end of its log:\noops"
+    )
+    assert report["levels"][1]["full"]["requests"] == 4 * 120
+    assert report["levels"][1]["full"]["latency_ms"]["ci95"]["p50"] is None
+    assert report["verdict"].startswith("Partial: the full deployment ended with exit code 9")
+    assert "oops" in render(report)
+    nothing = make_report(make_session(pairs=0), incomplete="stopped")
+    assert nothing["verdict"] == "Partial: stopped. Nothing was measured."
+    assert "Nothing was measured" in render(nothing)
+    assert "Nothing was measured" in markdown(nothing)
+
+
+class References(HTMLParser):
+    """Collects what a page would fetch."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attrs):
+        self.found += [
+            (tag, name, value) for name, value in attrs if name in {"src", "href", "action", "data"}
+        ]
+        if tag in {"script", "link", "iframe", "img"}:
+            self.found.append((tag, None, None))
+
+
+def test_the_page_fetches_nothing_and_escapes_what_it_shows():
+    report = make_report(
+        make_session(), quality=QUALITY, command="loadtest --out '<script>alert(1)</script>'"
+    )
+    page = render(report)
+    references = References()
+    references.feed(page)
+    assert references.found == []
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "Some &lt;CPU&gt; &amp; more" in page
+    assert page.count("<svg") == 3 + 2 + 1
+
+
+def test_the_markdown_has_a_row_for_each_load_and_deployment():
+    lines = markdown(make_report(make_session(), quality=QUALITY)).splitlines()
+    rows = [line for line in lines if line.startswith(("| 1 |", "| 4 |", "| 16 |"))]
+    assert len(rows) == 9
+    assert {line.count("|") for line in rows} == {9}
+    assert "| NDCG@10 | 0.0800 [0.0700, 0.0900] | 0.0760 [0.0700, 0.0800] |" in lines
+
+
+def test_axis_ticks_are_round():
+    assert linear_ticks(97) == [0, 20, 40, 60, 80]
+    assert linear_ticks(1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert log_ticks(3, 70) == [5, 10, 20, 50]
+    assert log_ticks(11, 12) == [11, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here; apt-get install chromium")
+def test_the_page_is_drawn_by_a_browser(tmp_path):
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    page.write_text(render(make_report(make_session(), quality=QUALITY)))
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1240,3000"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    chromium = shutil.which("chromium")
+    command = [chromium, *options, f"--screenshot={picture}", page.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=180)
+    header = picture.read_bytes()[:24]
+    assert struct.unpack(">II", header[16:24]) == (1240, 3000)
+    dump = subprocess.run(
+        [chromium, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True
+    )
+    # What the browser parsed, not what was written: every plot is there, and nothing is NaN.
+    assert dump.stdout.count("<polyline") == 3 * 2 + 4 + 2
+    assert "NaN" not in dump.stdout
+    assert "nan" not in re.findall(r'points="([^"]*)"', dump.stdout)
