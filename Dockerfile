@@ -2,7 +2,7 @@
 # The service image. Targets: cpu (default), gpu, loadtest.
 #
 #   docker build --target cpu --build-arg PIP_EXTRA_INDEX_URL=<PyTorch's CPU wheel index> -t leanrec:0.1.0-cpu .
-#   docker run --rm -p 127.0.0.1:8000:8000 --shm-size 1g \
+#   docker run --rm -p 127.0.0.1:8000:8000 --shm-size 1g --cap-drop ALL --cap-add SYS_NICE \
 #       -v "$PWD/runs/ml-100k/pruned-5:/model:ro" leanrec:0.1.0-cpu
 #
 # Whatever follows the image's name goes to `serve`. The container listens on all of its own interfaces;

@@ -9,6 +9,7 @@ from benchmarks import demo
 from benchmarks.demo import Step, steps
 from benchmarks.demo_table import demo_table
 from models.errors import LeanRecError
+from tests.tiny import make_tiny_recommender
 
 
 def _ratios(**values):
@@ -157,3 +158,20 @@ def test_later_steps_are_made_from_earlier_ones(tmp_path):
     train, compress, measure = steps(tmp_path)
     assert list(compress.sources) == [train.result]
     assert list(measure.sources) == [train.result, compress.result]
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_recommendation_is_asked_for_over_http(tmp_path):
+    data = make_tiny_recommender(tmp_path / "full")
+    rows = data.test.histories[0].tolist()
+    history = [data.catalog.item_ids[row] for row in rows]
+    items = demo.ask("full", tmp_path / "full", history, tmp_path / "serve.log")
+    assert [item["rank"] for item in items] == list(range(1, demo.SHOWN_ITEMS + 1))
+    assert not {item["item_id"] for item in items} & set(history)
+    assert {item["title"] for item in items} <= set(data.catalog.titles)
+
+
+def test_a_service_that_does_not_start_is_told_with_its_log(tmp_path):
+    with pytest.raises(LeanRecError, match=r"(?s)the full deployment ended .*no-such-model"):
+        demo.ask("full", tmp_path / "no-such-model", ["1"], tmp_path / "serve.log")
