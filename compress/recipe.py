@@ -10,8 +10,8 @@ class Recipe:
     """How a model is pruned and restored."""
 
     calibration_rows: int = 256
-    row_tokens: int = 256
-    """tokens of a packed row; at least what the longest prompt and its answer need"""
+    row_tokens: int | None = None
+    """tokens of a packed row; None for what the data asks for"""
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 10.0

@@ -34,18 +34,16 @@ class FinetuneConfig:
     data: str
     out: Path
     epochs: int | None = None
-    """Passes over the training targets; None for 16 from scratch and 3 from a checkpoint."""
+    """Passes over the training targets; None for 8 from scratch and 3 from a checkpoint."""
     learning_rate: float | None = None
-    """Peak; None for 3e-3 from scratch and 3e-4 from a checkpoint."""
+    """Peak; None for 4e-3 from scratch and 3e-4 from a checkpoint."""
     batch_tokens: int = 2048
-    row_tokens: int = 256
-    max_history: int = 20
+    max_history: int | None = None
+    """Titles a prompt holds; None for the preset's own, or 20."""
     template: str = STREAM_TEMPLATE
     separator: str = "\n"
     loss: str = "valid"
     """`valid`: softmax over the trie's children; `vocabulary`: over all tokens."""
-    dropout: float = 0.2
-    """On the residual branches' outputs and on the embeddings, while training from scratch."""
     seed: int = 0
     device: str = "auto"
     report_to: tuple[str, ...] = ()
@@ -76,8 +74,11 @@ def finetune(config: FinetuneConfig) -> Path:
     set_seed(config.seed)
     work = out.with_name(out.name + ".work")
     data = load_data(config.data)
+    preset = PRESETS.get(config.base)
     prompt = PromptConfig(
-        template=config.template, separator=config.separator, max_history=config.max_history
+        template=config.template,
+        separator=config.separator,
+        max_history=config.max_history or (preset.max_history if preset else 20),
     )
     model, tokenizer, scratch = _base(config, data.catalog, prompt, work)
     recommender = Recommender(
@@ -152,17 +153,13 @@ def _trainer(
     work: Path,
     scratch: bool,
 ) -> "RecommenderTrainer":
-    epochs = config.epochs or (16 if scratch else 3)
-    rows = PackedStreams(
-        data.train, recommender, StreamConfig(row_tokens=config.row_tokens), epochs=epochs, seed=config.seed
-    )
-    batch = max(1, config.batch_tokens // config.row_tokens)
+    epochs = config.epochs or (8 if scratch else 3)
+    rows = PackedStreams(data.train, recommender, StreamConfig(), epochs=epochs, seed=config.seed)
+    batch = max(1, config.batch_tokens // rows.row_tokens)
     steps_per_epoch = max(1, rows.rows_per_epoch // batch)
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not cuda:
         raise UsageError("device cuda: no CUDA device is available; use --device cpu")
-    if scratch and config.dropout:
-        add_dropout(model, config.dropout)
     return RecommenderTrainer(
         recommender=recommender,
         data=data,
@@ -176,7 +173,7 @@ def _trainer(
             per_device_train_batch_size=batch,
             # Rows come in a seeded random order already, and any of them can be made on resume.
             train_sampling_strategy="sequential",
-            learning_rate=config.learning_rate or (3e-3 if scratch else 3e-4),
+            learning_rate=config.learning_rate or (4e-3 if scratch else 3e-4),
             lr_scheduler_type="cosine",
             warmup_steps=min(100, steps_per_epoch * epochs // 10),
             weight_decay=0.1 if scratch else 0.01,
@@ -253,18 +250,6 @@ def final_hidden(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tenso
         logits_to_keep=1,
     )
     return output.hidden_states[-1].flatten(0, 1).float()
-
-
-def add_dropout(model: PreTrainedModel, share: float) -> None:
-    """Drop units of the embeddings and of what each layer adds, in training only: Llama has no dropout."""
-
-    def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return nn.functional.dropout(output, share, module.training)
-
-    model.get_input_embeddings().register_forward_hook(drop)
-    for name, module in model.named_modules():
-        if name.endswith(("o_proj", "down_proj")):
-            module.register_forward_hook(drop)
 
 
 def _last_checkpoint(work: Path) -> str | None:

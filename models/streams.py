@@ -48,8 +48,8 @@ def title_table(prompter: Prompter, trie: Trie) -> TitleTable:
 class StreamConfig:
     """How streams are cut and packed."""
 
-    row_tokens: int = 256
-    """Tokens a row; several windows share one."""
+    row_tokens: int | None = None
+    """Tokens a row; several windows share one. None for room for two windows of mean length, at least 256."""
     window: int | None = None
     """Titles a window; None for the prompt's max_history + 1, what serving sees plus the answer."""
     keep_share: float = 1.0
@@ -80,6 +80,7 @@ class PackedStreams(TorchDataset):
         self.seed = seed
         self.pad = recommender.tokenizer.pad_token_id or 0
         self.window = config.window or recommender.prompt.max_history + 1
+        self.row_tokens = config.row_tokens or self._room_for_two()
         self._epoch = -1
         self._rows: list[list[np.ndarray]] = []
         self.rows_per_epoch = len(self._rows_of(0))
@@ -108,11 +109,18 @@ class PackedStreams(TorchDataset):
             if row is None:
                 row = len(rows)
                 rows.append([])
-                room.append(self.config.row_tokens)
+                room.append(self.row_tokens)
             rows[row].append(windows[at])
             room[row] -= cost
         self._epoch, self._rows = epoch, rows
         return rows
+
+    def _room_for_two(self) -> int:
+        """Return a row length that packs well: windows of unlike length leave little padding."""
+        lengths = np.diff(self.table.offsets)
+        windows = list(self._whole_windows(np.random.default_rng(self.seed)))
+        mean = np.mean([self._window_tokens(window, lengths) for window in windows[:2000]])
+        return max(256, -(-int(2 * mean) // 64) * 64)
 
     def _window_tokens(self, items: np.ndarray, lengths: np.ndarray) -> int:
         if self.prompter.config.is_stream:
@@ -120,6 +128,19 @@ class PackedStreams(TorchDataset):
         return len(self.prompter.encode(items[:-1].tolist())) + int(lengths[items[-1]])
 
     def _windows(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield windows that fit a row; a longer one is halved, so that no title is lost."""
+        lengths = np.diff(self.table.offsets)
+        for whole in self._whole_windows(rng):
+            waiting = [whole]
+            while waiting:
+                window = waiting.pop()
+                fits = self._window_tokens(window, lengths) <= self.row_tokens
+                if fits or len(window) == 1 or not self.prompter.config.is_stream:
+                    yield window
+                else:
+                    waiting += [window[len(window) // 2 :], window[: len(window) // 2]]
+
+    def _whole_windows(self, rng: np.random.Generator) -> Iterator[np.ndarray]:
         """Yield windows; in stream format they tile the sequence, else each ends in one target."""
         for index in range(len(self.sequences)):
             items = self.sequences[index]
@@ -136,7 +157,7 @@ class PackedStreams(TorchDataset):
                     yield items[max(0, end - self.window) : end]
 
     def _pack(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
-        size = self.config.row_tokens
+        size = self.row_tokens
         row = {
             "input_ids": np.full(size, self.pad, np.int64),
             "position_ids": np.zeros(size, np.int64),
@@ -152,7 +173,7 @@ class PackedStreams(TorchDataset):
             offsets = self.table.offsets
             tokens = np.concatenate([self.table.tokens[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
             nodes = np.concatenate([self.table.nodes[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
-            # A single window may be longer than a row; its end, which predicts, is kept.
+            # A single title or a template's prompt may be longer than a row; its end, which predicts, is kept.
             ids = np.concatenate([before, tokens])[-size:]
             tokens, nodes = tokens[-(size - 1) :], nodes[-(size - 1) :]
             length = len(ids)

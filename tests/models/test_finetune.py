@@ -29,6 +29,7 @@ SMALL = presets.Preset(
     head_dim=32,
     intermediate_size=128,
     vocabulary=400,
+    max_history=8,
 )
 
 
@@ -46,9 +47,6 @@ def config(tmp_path: Path, **changes: object) -> FinetuneConfig:
         out=tmp_path / "full",
         epochs=12,
         batch_tokens=512,
-        row_tokens=128,
-        max_history=8,
-        dropout=0.0,
     )
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -78,9 +76,7 @@ def test_a_checkpoint_with_its_own_template_is_trained_further(tmp_path: Path, l
     make_tiny_recommender(tmp_path / "base", "qwen3", data=Path(settings.data), num_layers=1)
     template = "Liked: {{ history | join(', ') }}\nNext: "
     before = load_file(tmp_path / "base" / "model.safetensors")
-    out = finetune(
-        replace(settings, base=str(tmp_path / "base"), template=template, epochs=1, loss=loss, row_tokens=192)
-    )
+    out = finetune(replace(settings, base=str(tmp_path / "base"), template=template, epochs=1, loss=loss))
     recommender = read_recommender(out)
     assert recommender.prompt.template == template
     assert recommender.config.model_type == "qwen3"
