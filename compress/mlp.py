@@ -1,5 +1,6 @@
 """Stage 2: the width of the MLPs."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -52,6 +53,7 @@ def prune_mlp(
         down = mlp + "down_proj.weight"
         tensors[down] = refit_columns(tensors[down], moment.mean, neurons)
     pruned = rebuild(resized_config(model.config, shape), tensors)
+    pruned.generation_config = copy.deepcopy(model.generation_config)
     quantiles = torch.linspace(0, 1, PERCENTILES, dtype=scores.dtype, device=scores.device)
     return pruned, StageReport(
         name="mlp",

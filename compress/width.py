@@ -1,5 +1,6 @@
 """Stage 1: attention heads and the width of the residual stream."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -66,6 +67,7 @@ def prune_width(
                 model, kl = candidate, candidate_kl
                 choices["hidden"] = name
         assert model is not None
+    model.generation_config = copy.deepcopy(teacher.generation_config)
     grouped = scores.heads.unflatten(-1, (full.num_kv_heads, full.heads_per_group)).sum(-1)
     return model, StageReport(
         name="width",

@@ -53,6 +53,7 @@ def test_every_round_drops_the_layer_missed_least(
     family_config, random_model, calibration_rows, catalogue_trie
 ):
     model = random_model(family_config("llama-tied"))
+    model.generation_config.eos_token_id = [7, 8]
     shape = replace(Shape.of(model.config), num_layers=2)
     pruned, report = prune_depth(model, shape, calibration_rows, catalogue_trie)
     first, second = report.importances["layers"]
@@ -61,9 +62,22 @@ def test_every_round_drops_the_layer_missed_least(
         assert kls[dropped] == min(kl for kl in kls if kl >= 0)
     valid = ValidTokens(catalogue_trie)
     reference = reference_scores(model, calibration_rows, valid)
+
+    def kl_of(kept):
+        layers = torch.nn.ModuleList([model.model.layers[n] for n in kept])
+        whole, model.model.layers = model.model.layers, layers
+        kl = calibration_kl(model, calibration_rows, valid, reference)
+        model.model.layers = whole
+        return kl
+
+    # Trying every layer in every round finds the same.
+    assert report.dropped_layers[0] == min((1, 2, 3), key=lambda n: kl_of([m for m in range(4) if m != n]))
+    left = [n for n in range(4) if n != report.dropped_layers[0]]
+    assert report.dropped_layers[1] == min(left[1:], key=lambda n: kl_of([m for m in left if m != n]))
     assert report.calibration_kl == pytest.approx(
         calibration_kl(pruned, calibration_rows, valid, reference), rel=1e-5
     )
+    assert pruned.generation_config.eos_token_id == [7, 8]
 
 
 def test_the_report_is_json(family_config, random_model, calibration_rows, catalogue_trie):
