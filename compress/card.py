@@ -9,7 +9,9 @@ from models.checkpoint import Recommender
 def render_card(report: dict[str, Any], full: Recommender, name: str, data_name: str) -> str:
     """Return README.md: front matter that the hub reads, then what was done and what it kept."""
     parameters, shape = report["parameters"], report["shape"]
-    metrics = {which: report["metrics"][which]["test"] for which in ("full", "pruned")}
+    full_metrics, pruned_metrics = (report["metrics"][which]["test"] for which in ("full", "pruned"))
+    checked = report["verify"]
+    retained = ", ".join(f"{k.upper()} {v:.1%}" for k, v in report["retained"].items() if v is not None)
     front = {
         "base_model": str(full.training.get("base") or full.directory.resolve().name),
         "library_name": "transformers",
@@ -25,7 +27,7 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
                         "task": {"type": "recommendation", "name": "Next-item recommendation"},
                         "dataset": {"type": data_name, "name": data_name, "split": "test"},
                         "metrics": [
-                            {"type": key, "name": key.upper(), "value": round(metrics["pruned"][key], 5)}
+                            {"type": key, "name": key.upper(), "value": round(pruned_metrics[key], 5)}
                             for key in ("hr@10", "ndcg@10")
                         ],
                     }
@@ -59,32 +61,27 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
             for key in shape["full"]
         ),
         *(
-            f"| {key.upper()} | {_with_interval(metrics['full'], key)} | {_with_interval(metrics['pruned'], key)} |"
+            f"| {key.upper()} | {_with_interval(full_metrics, key)} | {_with_interval(pruned_metrics, key)} |"
             for key in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
         ),
         "",
-        f"Measured on {metrics['pruned']['users']:,} test users of {data_name} over the full catalogue with exact "
-        "search; 95 % bootstrap intervals in brackets. Retained: "
-        + ", ".join(
-            f"{key.upper()} {value:.1%}" for key, value in report["retained"].items() if value is not None
-        )
-        + ".",
+        f"Measured on {pruned_metrics['users']:,} test users of {data_name} over the full catalogue with "
+        f"exact search; 95 % bootstrap intervals in brackets. Retained: {retained}.",
         "",
         "## Use",
         "",
-        "The directory is a plain transformers checkpoint with `recommender.json` and `catalog.parquet` beside it:",
+        "The directory is a plain transformers checkpoint with `recommender.json` and `catalog.parquet`:",
         "",
         f"    serve --model {name}",
         "",
-        "It also loads with `AutoModelForCausalLM.from_pretrained` and in unmodified vLLM: greedy tokens of both "
-        f"were {'equal' if report['verify']['greedy_equal'] else 'NOT equal'} on "
-        f"{report['verify']['prompts']} prompts (largest log-probability difference "
-        f"{report['verify']['max_abs_logprob_diff']:.1e}).",
+        "It also loads with `AutoModelForCausalLM.from_pretrained` and in unmodified vLLM. Greedy tokens of "
+        f"both were {'equal' if checked['greedy_equal'] else 'NOT equal'} on {checked['prompts']} prompts "
+        f"(largest log-probability difference {checked['max_abs_logprob_diff']:.1e}).",
         "",
         "## Limits",
         "",
-        "It knows the catalogue and the tastes of the data it was trained on, and repeats their biases. Scores are "
-        "comparable within one request only. How it was made, step by step: `report.html` and `report.json`.",
+        "It knows the catalogue and the tastes of the data it was trained on, and repeats their biases. "
+        "Scores are comparable within one request only. How it was made: `report.html`, `report.json`.",
         "",
     ]
     return "\n".join(lines)

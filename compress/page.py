@@ -11,27 +11,30 @@ STYLE = """
 --s0:#2563a8;--s1:#c2571a;--s2:#2f7d4f;--s3:#8a4fa3;--s4:#a83248;--s5:#6b6f1d}
 @media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--soft:#9aa4ae;--line:#363d45;--back:#15181c;
 --card:#1d2126;--s0:#6aa7e8;--s1:#ef9a5f;--s2:#6fc191;--s3:#c394da;--s4:#e88093;--s5:#c5c96a}}
-*{box-sizing:border-box}body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:72rem;
-background:var(--back);color:var(--text);font:16px/1.5 system-ui,sans-serif}
+*{box-sizing:border-box}
+body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:72rem;background:var(--back);color:var(--text);
+font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.5rem 0 .75rem}
-h3{font-size:.95rem;margin:0 0 .5rem}p{margin:.4rem 0}.lead{font-size:1.1rem}.note{color:var(--soft);font-size:.9rem}
-.grid2{display:grid;gap:1.25rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
+h3{font-size:.95rem;margin:0 0 .5rem}p{margin:.4rem 0}.lead{font-size:1.1rem}
+.note{color:var(--soft);font-size:.9rem}
+.grid2{display:grid;gap:1.25rem;margin-top:1rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
 figure{margin:0;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem}
+.scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-.scroll{overflow-x:auto}th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th:first-child,td:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
-svg{display:block;width:100%;height:auto}svg text{fill:var(--text);font:12px system-ui,sans-serif;text-anchor:middle}
-svg .tick{fill:var(--soft)}svg .end{text-anchor:end}svg .label{fill:var(--soft)}svg .value{font-weight:600}
+svg{display:block;width:100%;height:auto}
+svg text{fill:var(--text);font:12px system-ui,sans-serif;text-anchor:middle}
+svg .tick,svg .label{fill:var(--soft)}svg .end{text-anchor:end}svg .value{font-weight:600}
 .grid{stroke:var(--line);fill:none}.interval{stroke:var(--text);stroke-width:1.5;fill:none}
-.line{fill:none;stroke-width:2}.cell{fill:var(--s0)}.cross{stroke:var(--s4);stroke-width:1;fill:none;opacity:.7}
-rect.s0{fill:var(--s0)}rect.s5{fill:var(--line)}polyline.s0{stroke:var(--s0)}polyline.s1{stroke:var(--s1)}polyline.s2{stroke:var(--s2)}
-polyline.s3{stroke:var(--s3)}polyline.s4{stroke:var(--s4)}polyline.s5{stroke:var(--s5)}
-circle.s0{fill:var(--s0)}circle.s1{fill:var(--s1)}circle.s2{fill:var(--s2)}circle.s3{fill:var(--s3)}circle.s4{fill:var(--s4)}circle.s5{fill:var(--s5)}
+.cell{fill:var(--s0)}.cross{stroke:var(--s4);stroke-width:1;fill:none;opacity:.7}
+.bar{fill:var(--s0)}.muted{fill:var(--line)}.line{fill:none;stroke-width:2}
 .legend{display:flex;flex-wrap:wrap;gap:.25rem 1rem;font-size:.85rem;color:var(--soft)}
-.legend i{display:inline-block;width:.9rem;height:.25rem;margin-right:.4rem;vertical-align:middle;border-radius:2px}
-i.s0{background:var(--s0)}i.s1{background:var(--s1)}i.s2{background:var(--s2)}i.s3{background:var(--s3)}
-i.s4{background:var(--s4)}i.s5{background:var(--s5)}
-"""
+.legend i{display:inline-block;width:.9rem;height:.25rem;margin-right:.4rem;vertical-align:middle}
+""" + "".join(
+    f"polyline.s{n}{{stroke:var(--s{n})}}circle.s{n}{{fill:var(--s{n})}}i.s{n}{{background:var(--s{n})}}"
+    for n in range(6)
+)
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
 
 
@@ -95,7 +98,7 @@ def _figure(title: str, chart: str) -> str:
 
 
 def _figures(*figures: str) -> str:
-    return f'<div class="grid2" style="margin-top:1rem">{"".join(figures)}</div>'
+    return f'<div class="grid2">{"".join(figures)}</div>'
 
 
 def _metrics_table(report: dict[str, Any]) -> str:
@@ -108,8 +111,8 @@ def _metrics_table(report: dict[str, Any]) -> str:
             cells.append(f"{metrics[metric]:.4f}{interval}")
         rows.append([name, *cells])
     users = report["metrics"]["full"]["test"]["users"]
-    note = f'<p class="note">{users:,} users, exact search over the full catalogue, 95 % bootstrap intervals.</p>'
-    return _table(["", *(metric.upper() for metric in METRICS)], rows) + note
+    note = f"{users:,} users, exact search over the full catalogue, 95 % bootstrap intervals."
+    return _table(["", *(metric.upper() for metric in METRICS)], rows) + f'<p class="note">{note}</p>'
 
 
 def _contenders(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -218,9 +221,10 @@ def _shape_table(report: dict[str, Any]) -> str:
 
 def _verification(report: dict[str, Any]) -> str:
     checked = report["verify"]
+    same = "the same" if checked["greedy_equal"] else "other"
     return (
-        f"<p>transformers and {escape(checked['engine'])} (fp32) choose "
-        f"{'the same' if checked['greedy_equal'] else 'other'} greedy tokens on {checked['prompts']} prompts; "
+        f"<p>transformers and {escape(checked['engine'])} (fp32) choose {same} greedy tokens on "
+        f"{checked['prompts']} prompts; "
         f"the largest difference of a log-probability is {checked['max_abs_logprob_diff']:.1e}. "
         "The parameters were counted from the safetensors header and equal the plan.</p>"
     )

@@ -78,8 +78,9 @@ def bar_chart(bars: Sequence[Bar], *, y_label: str, title: str) -> str:
         width = min(72.0, step * 0.6)
         y = _scale(bar.value, 0, high, base, TOP)
         label_y = y
+        kind = "muted" if bar.muted else "bar"
         parts.append(
-            f'<rect class="bar {"s5" if bar.muted else "s0"}" x="{middle - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" '
+            f'<rect class="{kind}" x="{middle - width / 2:.1f}" y="{y:.1f}" width="{width:.1f}" '
             f'height="{base - y:.1f}"><title>{escape(bar.name)}: {bar.value:g}</title></rect>'
         )
         if bar.low is not None and bar.high is not None:

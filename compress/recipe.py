@@ -19,7 +19,7 @@ class Recipe:
     stage_shares: tuple[float, float, float] = (0.15, 0.15, 0.70)
     """of the restoration tokens"""
     learning_rates: tuple[float, float, float] = (1e-3, 1e-3, 1e-3)
-    batch_rows: int = 8
+    batch_tokens: int = 4096
     validation_users: int = 1000
     weights: LossWeights = field(default_factory=LossWeights)
 

@@ -91,10 +91,8 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
 def summary(report: dict[str, Any], out: Path) -> str:
     """Return the result in a few lines."""
     full, pruned = (report["metrics"][which]["test"] for which in ("full", "pruned"))
-    lines = [
-        f"kept {report['kept_non_embedding']:.2%} of the non-embedding parameters: "
-        f"{report['parameters']['pruned']['non_embedding']:,} of {report['parameters']['full']['non_embedding']:,}"
-    ]
+    kept, of = (report["parameters"][which]["non_embedding"] for which in ("pruned", "full"))
+    lines = [f"kept {report['kept_non_embedding']:.2%} of the non-embedding parameters: {kept:,} of {of:,}"]
     for name in ("hr@10", "ndcg@10"):
         low, high = pruned["ci95"][name]
         lines.append(

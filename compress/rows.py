@@ -41,6 +41,11 @@ class RestorationRows(Dataset):
             "title_mask": self.title_mask[index],
         }
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a row, padding included."""
+        return self.input_ids.shape[1]
+
     @cached_property
     def title_counts(self) -> np.ndarray:
         """int64 `[rows]`: title positions of each row."""

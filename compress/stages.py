@@ -67,7 +67,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     rows = make_rows(
         run.data.train,
         run.full,
-        StreamConfig(row_tokens=run.recipe.row_tokens),
+        StreamConfig(),
         tokens=round(run.tokens * max(run.recipe.stage_shares)),
         epochs=run.recipe.drawings,
         seed=run.seed,
@@ -133,7 +133,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         settings=RestoreSettings(
             tokens=round(run.tokens * run.recipe.stage_shares[stage]),
             learning_rate=run.recipe.learning_rates[stage],
-            batch_rows=run.recipe.batch_rows,
+            batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             seed=run.seed + stage,
             device=run.device,
             weights=run.recipe.weights,

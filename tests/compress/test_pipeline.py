@@ -41,7 +41,7 @@ def staged(full, tmp_path_factory):
     directory = tmp_path_factory.mktemp("staged")
     torch.use_deterministic_algorithms(True, warn_only=True)
     run = prepare(Job(target=TARGET, restore_tokens=TOKENS, device="cpu"), full, "cpu")
-    small = replace(run.recipe, row_tokens=128, batch_rows=4, calibration_rows=16)
+    small = replace(run.recipe, batch_tokens=512, calibration_rows=16)
     run = replace(run, recipe=small)
     run_stages(run, directory, PartialState(cpu=True))
     return run, directory
@@ -55,9 +55,9 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
         assert Shape.of(model.config) == run.plan.stages[stage]
         best = min(entry["nll"] for entry in restored["curve"])
         assert restored["metrics"]["nll"] == pytest.approx(best, abs=1e-4)
-        assert restored["losses"][-1]["kl_valid"] < restored["losses"][0]["kl_valid"]
         assert cut["surgery"]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"
+    assert restored["losses"][-1]["kl_valid"] < 0.8 * restored["losses"][0]["kl_valid"]
 
 
 def test_an_interruption_anywhere_in_the_stages_changes_nothing(staged, tmp_path, monkeypatch):
@@ -85,26 +85,18 @@ def test_settings_that_differ_are_told(staged, tmp_path):
     run, _ = staged
     work.check_settings(tmp_path, run.settings)
     work.check_settings(tmp_path, run.settings)
-    with pytest.raises(LeanRecError, match="seed was 0, now 1.*remove that folder to start anew"):
+    with pytest.raises(LeanRecError, match=r"seed was 0, now 1.*remove that folder to start anew"):
         work.check_settings(tmp_path, {**run.settings, "seed": 1})
 
 
 def test_a_second_run_on_one_output_is_refused(tmp_path):
     out = tmp_path / "out"
-    with work.hold(out):
-        held = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                "import sys; from pathlib import Path; from compress.work import hold\n"
-                "with hold(Path(sys.argv[1])): pass",
-                str(out),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "another compress run is writing there" in held.stderr
+    with (
+        work.hold(out),
+        pytest.raises(LeanRecError, match="another compress run is writing there"),
+        work.hold(out),
+    ):
+        pass
     with work.hold(out):
         pass
 

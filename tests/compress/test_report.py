@@ -1,0 +1,173 @@
+"""Reports: the stable keys, and pages that stand alone, stay well-formed and hold the numbers."""
+
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from compress.card import render_card
+from compress.page import render_page
+from compress.plan import make_plan
+from compress.plots import Bar, Line, bar_chart, heat_map, line_chart, short_number
+from compress.report import Evidence, make_report
+from compress.verify import Parity, Weights
+from models.checkpoint import read_recommender
+from tests.tiny import make_tiny_recommender
+
+PLAN = make_plan(
+    LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_hidden_layers=4,
+        intermediate_size=256,
+        vocab_size=512,
+        head_dim=32,
+        tie_word_embeddings=True,
+    ),
+    "20%",
+)
+
+
+def on_test_users(ndcg):
+    values = {"hr@5": 0.1, "hr@10": 0.2, "ndcg@5": ndcg / 2, "ndcg@10": ndcg}
+    return {**values, "users": 60, "ci95": {key: [value * 0.9, value * 1.1] for key, value in values.items()}}
+
+
+def measured(nll):
+    return {"hr@5": 0.1, "hr@10": 0.2, "ndcg@5": 0.05, "ndcg@10": 0.08, "nll": nll}
+
+
+@pytest.fixture
+def evidence():
+    curve = [{"tokens": 100 * n, "nll": 5.0 - n / 10} for n in range(6)]
+    losses = [
+        {"tokens": 100 * n, "loss": 1.0, "kl_valid": 1.0 / (n + 1), "kl_vocabulary": 0.1} for n in range(1, 6)
+    ]
+    restored = {"seconds": 20.0, "metrics": measured(4.5), "curve": curve, "losses": losses, "tokens": 500}
+    width = {
+        "importances": {"query_heads": [[1.0, 2.0, 0.5, 3.0]] * 4, "kv_groups": [[3.0, 3.5]] * 4},
+        "kept": {"query_heads": [[0, 1]] * 4, "kv_groups": [[0]] * 4},
+        "dropped_layers": [],
+    }
+    depth = {"importances": {"layers": [[-1.0, 0.2, 0.1, 0.3]]}, "kept": {}, "dropped_layers": [2]}
+    none = {"importances": {}, "kept": {}, "dropped_layers": []}
+    return Evidence(
+        plan=PLAN,
+        weights=(Weights(PLAN.counts[0], 4000), Weights(PLAN.counts[-1], 800)),
+        full={"seconds": 5.0, "metrics": measured(4.0)},
+        cuts=[{"seconds": 10.0, "metrics": measured(6.0), "surgery": s} for s in (width, none, depth)],
+        restored=[restored] * 3,
+        tests={
+            "full": on_test_users(0.1),
+            "pruned": on_test_users(0.09),
+            "baselines": {"popularity": on_test_users(0.03), "bigram": on_test_users(0.05)},
+        },
+        parity=Parity("vllm", 32, True, 2e-6),
+        seed=0,
+        versions={"torch": "2"},
+        finishing_seconds=7.0,
+        peak_memory_bytes=123 * 2**20,
+    )
+
+
+def test_report_has_the_stable_keys(evidence):
+    report = make_report(evidence)
+    assert list(report) == [
+        *("target", "parameters", "kept_non_embedding", "shape", "stages", "metrics", "retained"),
+        *("baselines", "verify", "seed", "versions", "seconds", "peak_memory_bytes"),
+    ]
+    for which in ("full", "pruned"):
+        assert set(report["parameters"][which]) == {"total", "embedding", "non_embedding", "bytes"}
+        assert {"hr@5", "hr@10", "ndcg@5", "ndcg@10", "users", "ci95"} <= set(
+            report["metrics"][which]["test"]
+        )
+    assert report["kept_non_embedding"] == PLAN.stage_counts[-1] / PLAN.full_count
+    assert report["retained"] == {"hr@10": pytest.approx(1.0), "ndcg@10": pytest.approx(0.9)}
+    assert [set(stage) for stage in report["stages"]] == [{"name", "seconds", "parameters", "metrics"}] * 3
+    assert report["seconds"] == pytest.approx(5 + 3 * 30 + 7)
+    assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
+
+
+def test_a_full_model_that_hits_nothing_has_no_retention(evidence):
+    evidence.tests["full"]["ndcg@10"] = 0.0
+    report = make_report(evidence)
+    assert report["retained"]["ndcg@10"] is None
+    assert "NDCG@10" not in render_page(report, evidence).split("</p>")[0]
+
+
+class Strict(HTMLParser):
+    """Checks that tags nest and collects what would be fetched."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br", "img", "link"):
+            self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        assert tag not in ("script", "link", "img")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone_and_holds_the_numbers(evidence):
+    page = render_page(make_report(evidence), evidence)
+    parser = Strict()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.links == []
+    assert "url(" not in page
+    for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(drawing)
+    assert page.count("<svg") >= 8
+    for text in (
+        f"{PLAN.stage_counts[-1]:,}",
+        "90.0%",
+        "0.0900 [0.0810, 0.0990]",
+        "layer 1, query head 2: 0.5 (removed)",
+    ):
+        assert text in page
+
+
+def test_text_from_outside_is_escaped(evidence):
+    evidence.versions["<script>"] = "&"
+    page = render_page(make_report(evidence), evidence)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_card_front_matter_is_yaml_with_the_results(evidence, tmp_path):
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    full = read_recommender(tmp_path / "full")
+    card = render_card(make_report(evidence), full, 'pruned "5": x', "ml-100k")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "random"
+    assert front["pipeline_tag"] == "text-generation"
+    assert {"recommendation", "pruned"} <= set(front["tags"])
+    assert front["model-index"][0]["name"] == 'pruned "5": x'
+    metrics = {m["type"]: m["value"] for m in front["model-index"][0]["results"][0]["metrics"]}
+    assert metrics == {"hr@10": 0.2, "ndcg@10": 0.09}
+    assert "license" not in front, "none is known"
+
+
+def test_charts_take_what_measurements_can_be():
+    assert "nothing was measured" in line_chart([], x_label="x", y_label="y", title="t")
+    assert "nothing was measured" in heat_map([], row_label="r", column_label="c", title="t")
+    one = line_chart([Line("a", [(1, 2), (2, float("nan"))])], x_label="x", y_label="y", title="t")
+    assert one.count("<circle") == 1
+    ElementTree.fromstring(one)
+    zero = bar_chart([Bar("<none>", 0.0)], y_label="y", title="t")
+    ElementTree.fromstring(zero)
+    assert [short_number(v) for v in (0, 0.0571, 12.34, 1234, 1_250_000)] == [
+        "0",
+        "0.0571",
+        "12.3",
+        "1.23k",
+        "1.25M",
+    ]
