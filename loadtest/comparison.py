@@ -39,6 +39,10 @@ class Sides:
     deployments: dict[str, Deployment] = field(default_factory=dict)
     watches: dict[str, MemoryWatch] = field(default_factory=dict)
 
+    def sample_memory(self) -> None:
+        for watch in self.watches.values():
+            watch.take()
+
 
 def compare_deployments(arguments: Arguments) -> int:
     """Run the load test and return the exit code.
@@ -118,6 +122,7 @@ def _run(
                 workload_path=temporary / "workload.json",
                 rows=out / "requests",
                 progress=progress,
+                after_block=sides.sample_memory,
             )
         except LeanRecError as error:
             return write(str(error))

@@ -21,14 +21,15 @@ class Sample:
     """Memory of a process and its descendants at one moment, in bytes."""
 
     pss_bytes: int
-    rss_bytes: int
+    peak_rss_bytes: int
+    """the most each process ever held, as the kernel counts it, summed"""
     gpu_bytes: int | None = None
 
 
 class MemoryWatch:
-    """Samples the memory of a process tree in the background, from `start` until `stop`.
+    """Samples the memory of a process tree: in the background while it starts, then when asked.
 
-    Reading PSS makes the kernel walk the process's page table, so it is read every two seconds only.
+    Reading PSS makes the kernel walk the process's page table, which takes milliseconds: not while measuring.
     """
 
     def __init__(self, pid: int) -> None:
@@ -41,11 +42,12 @@ class MemoryWatch:
         self._thread = Thread(target=self._run, daemon=True)
 
     def start(self) -> None:
-        """Begin sampling."""
+        """Begin sampling in the background."""
         self._thread.start()
 
     def ready(self) -> None:
-        """Note that start-up ends here: steady memory is what comes after."""
+        """End sampling in the background; what is sampled from here on is steady memory."""
+        self.stop()
         self.num_startup_samples = len(self.samples)
         used = gpu_bytes_used()
         if used is not None and self._gpu_bytes_before is not None:
@@ -53,7 +55,7 @@ class MemoryWatch:
         self.take()
 
     def stop(self) -> None:
-        """End sampling."""
+        """End sampling in the background."""
         self._stopped.set()
         self._thread.join()
 
@@ -91,27 +93,28 @@ def read(pid: int) -> Sample | None:
         pids = [pid, *(child.pid for child in process.children(recursive=True))]
     except psutil.Error:
         return None
-    rollups = [rollup for rollup in map(_rollup, pids) if rollup]
-    if not rollups:
+    pss = [_kernel_bytes(pid, "smaps_rollup", "Pss") for pid in pids]
+    peak_rss = [_kernel_bytes(pid, "status", "VmHWM") for pid in pids]
+    if not any(pss):
         return None
     return Sample(
-        pss_bytes=sum(rollup["Pss"] for rollup in rollups),
-        rss_bytes=sum(rollup["Rss"] for rollup in rollups),
+        pss_bytes=sum(pss),
+        peak_rss_bytes=sum(peak_rss),
         gpu_bytes=_gpu_bytes_of(set(pids)),
     )
 
 
-def _rollup(pid: int) -> dict[str, int]:
-    """Return the sizes in `/proc/PID/smaps_rollup` in bytes; nothing if it cannot be read."""
+def _kernel_bytes(pid: int, file: str, field: str) -> int:
+    """Return a size that `/proc/PID/FILE` tells in kB; 0 for a process that is gone or not ours."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()[1:]
+        lines = Path(f"/proc/{pid}/{file}").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return {}
-    sizes = {}
+        return 0
     for line in lines:
         name, _, value = line.partition(":")
-        sizes[name] = int(value.split()[0]) * 1024
-    return sizes if "Pss" in sizes else {}
+        if name == field:
+            return int(value.split()[0]) * 1024
+    return 0
 
 
 def gpu_bytes_used() -> int | None:

@@ -78,13 +78,13 @@ def _side(deployment: Deployment, watch: MemoryWatch | None) -> dict[str, Any]:
 def _memory(watch: MemoryWatch | None, weights_and_kv_bytes: int) -> dict[str, Any]:
     samples = list(watch.samples) if watch else []
     if watch is None or not samples:
-        keys = ("pss_bytes", "steady_pss_bytes", "rss_bytes", "overhead_bytes", "gpu_bytes")
+        keys = ("pss_bytes", "steady_pss_bytes", "peak_rss_bytes", "overhead_bytes", "gpu_bytes")
         return {**dict.fromkeys(keys), "why_null": "not measured: attached by URL, or no /proc here"}
     steady = int(median(sample.pss_bytes for sample in samples[watch.num_startup_samples :]))
     return {
         "pss_bytes": max(sample.pss_bytes for sample in samples),
         "steady_pss_bytes": steady,
-        "rss_bytes": max(sample.rss_bytes for sample in samples),
+        "peak_rss_bytes": max(sample.peak_rss_bytes for sample in samples),
         # On a GPU weights and KV cache are not in the process's own memory.
         "overhead_bytes": steady if watch.gpu_bytes else max(0, steady - weights_and_kv_bytes),
         "gpu_bytes": watch.gpu_bytes,

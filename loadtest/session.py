@@ -91,6 +91,7 @@ def measure(
     workload_path: Path,
     rows: Path,
     progress: Callable[[str, float], None],
+    after_block: Callable[[], None],
 ) -> None:
     """Fill `session`.
 
@@ -98,6 +99,7 @@ def measure(
         workload_path: Where `workload` is saved for Locust.
         rows: Folder for each block's CSV and log.
         progress: Called often with what is being done and the share that is done (0 to 1).
+        after_block: Called while nothing is being measured.
 
     Raises:
         DeploymentDiedError, LeanRecError: `session` holds what was measured before.
@@ -114,6 +116,7 @@ def measure(
 
         run = run_block(deployments[name], block, workload_path, rows / label.replace(" ", "-"), tick)
         done += expected
+        after_block()
         return run
 
     session.agreement = compare_answers(deployments, workload)

@@ -156,7 +156,7 @@ def test_memory_counts_the_processes_below(tmp_path):
             assert [process.stdout.readline() for _ in range(2)] == [b"up\n", b"up\n"]
             sample = memory.read(process.pid)
             assert 100 << 20 < sample.pss_bytes < 140 << 20
-            assert sample.rss_bytes >= sample.pss_bytes
+            assert sample.peak_rss_bytes >= sample.pss_bytes
             assert memory.cpu_seconds(process.pid) > 0
         finally:
             os.killpg(process.pid, signal.SIGKILL)
@@ -164,18 +164,18 @@ def test_memory_counts_the_processes_below(tmp_path):
     assert memory.cpu_seconds(process.pid) is None
 
 
-def test_a_watch_samples_until_it_is_stopped(monkeypatch):
+def test_a_watch_samples_by_itself_until_the_deployment_is_ready(monkeypatch):
     monkeypatch.setattr(memory, "SAMPLE_EVERY_S", 0.01)
     watch = memory.MemoryWatch(os.getpid())
     watch.start()
     while len(watch.samples) < 3:
         time.sleep(0.01)
     watch.ready()
-    watch.stop()
-    taken = len(watch.samples)
-    assert 3 <= watch.num_startup_samples < taken
+    assert watch.num_startup_samples >= 3
+    assert len(watch.samples) == watch.num_startup_samples + 1
     time.sleep(0.05)
-    assert len(watch.samples) == taken
+    watch.take()
+    assert len(watch.samples) == watch.num_startup_samples + 2
 
 
 class FakeNvml:
@@ -213,6 +213,7 @@ def test_gpu_memory(monkeypatch, processes, expected):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     memory._nvml.cache_clear()
     watch = memory.MemoryWatch(os.getpid())
+    watch.start()
     fake.used = [400, 100]
     watch.ready()
     memory._nvml.cache_clear()
