@@ -101,7 +101,7 @@ def test_vllm_generates_the_same_greedy_tokens(pruned_checkpoints, calibration_r
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
