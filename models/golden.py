@@ -41,14 +41,17 @@ class Golden:
         Raises:
             LeanRecError: the text is not one.
         """
+        wrong = LeanRecError(f"{source}: not a golden answer; delete it to have it computed")
         try:
-            values = json.loads(text)
-            golden = Golden(**values)
+            golden = Golden(**json.loads(text))
             scores = np.array(golden.scores, np.float64)
+            names = [*golden.history, *golden.items]
         except (ValueError, TypeError, RecursionError) as error:
-            raise LeanRecError(f"{source}: not a golden answer; delete it to have it computed") from error
-        if not (len(golden.items) == len(scores) > 0 and np.isfinite(scores).all()):
-            raise LeanRecError(f"{source}: not a golden answer; delete it to have it computed")
+            raise wrong from error
+        if not all(isinstance(name, str) for name in names) or not np.isfinite(scores).all():
+            raise wrong
+        if not 0 < len(golden.items) == len(scores):
+            raise wrong
         return golden
 
     def as_json(self) -> str:
