@@ -218,11 +218,17 @@ def write_recommender(
     """Write a recommender directory, whole or not at all.
 
     Args:
+        model: In fp32: its answer to one fixed history is kept, so that a service can prove itself.
         extra_files: Further text files by name, for example a report.
 
     Raises:
         LeanRecError: the directory is there already and not empty.
     """
+    from models.golden import FILE, compute_golden
+
+    written = Recommender(
+        directory=Path(directory), config=model.config, tokenizer=tokenizer, catalog=catalog, prompt=prompt
+    )
     with new_directory(Path(directory)) as temporary:
         model.save_pretrained(temporary, safe_serialization=True)
         tokenizer.save_pretrained(temporary)
@@ -236,6 +242,7 @@ def write_recommender(
             "parent": dict(parent) if parent else None,
         }
         write_json(temporary / "recommender.json", described)
+        write_text(temporary / FILE, compute_golden(written, model).as_json())
         for name, text in (extra_files or {}).items():
             write_text(temporary / name, text)
 
