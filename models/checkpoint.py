@@ -230,7 +230,7 @@ def write_recommender(
         directory=Path(directory), config=model.config, tokenizer=tokenizer, catalog=catalog, prompt=prompt
     )
     with new_directory(Path(directory)) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         _plain_config(temporary / "config.json")
         sha256 = write_catalog(temporary / "catalog.parquet", catalog)
