@@ -145,8 +145,6 @@ def _start(stack: ExitStack, arguments: Arguments, sides: Sides, logs: Path, pro
         def watch(pid: int, name: str = name) -> None:
             if name not in sides.watches:
                 sides.watches[name] = MemoryWatch(pid)
-                sides.watches[name].start()
-                stack.callback(sides.watches[name].stop)
             progress(f"starting {name}", 0.0)
 
         sides.deployments[name] = stack.enter_context(
@@ -154,6 +152,7 @@ def _start(stack: ExitStack, arguments: Arguments, sides: Sides, logs: Path, pro
         )
         if name in sides.watches:
             sides.watches[name].ready()
+    sides.sample_memory()
 
 
 def _settings(arguments: Arguments, data: str, plan: Plan, prompts: workload.Workload) -> dict[str, Any]:

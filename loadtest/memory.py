@@ -8,12 +8,9 @@ import importlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import psutil
-
-SAMPLE_EVERY_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -27,37 +24,24 @@ class Sample:
 
 
 class MemoryWatch:
-    """Samples the memory of a process tree: in the background while it starts, then when asked.
+    """Samples of one deployment's memory.
 
-    Reading PSS makes the kernel walk the process's page table, which takes milliseconds: not while measuring.
+    They are taken when asked, between blocks and with both deployments up: reading PSS takes milliseconds,
+    and a deployment alone would have the pages of shared libraries to itself. What start-up took at most is in
+    the kernel's own peak.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.samples: list[Sample] = []
-        self.num_startup_samples = 0
         self._gpu_bytes_before = gpu_bytes_used()
         self._gpu_bytes_taken: int | None = None
-        self._stopped = Event()
-        self._thread = Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Begin sampling in the background."""
-        self._thread.start()
 
     def ready(self) -> None:
-        """End sampling in the background; what is sampled from here on is steady memory."""
-        self.stop()
-        self.num_startup_samples = len(self.samples)
+        """Note how much the GPUs filled since this watch was made: the start of this deployment alone."""
         used = gpu_bytes_used()
         if used is not None and self._gpu_bytes_before is not None:
             self._gpu_bytes_taken = max(0, used - self._gpu_bytes_before)
-        self.take()
-
-    def stop(self) -> None:
-        """End sampling in the background."""
-        self._stopped.set()
-        self._thread.join()
 
     def take(self) -> None:
         """Add one sample now."""
@@ -70,10 +54,6 @@ class MemoryWatch:
         """Peak GPU memory: as booked on the processes, else how much the GPUs filled during start-up."""
         booked = [sample.gpu_bytes for sample in self.samples if sample.gpu_bytes is not None]
         return max(booked) if booked else self._gpu_bytes_taken
-
-    def _run(self) -> None:
-        while not self._stopped.wait(SAMPLE_EVERY_S):
-            self.take()
 
 
 def cpu_seconds(pid: int) -> float | None:

@@ -57,8 +57,8 @@ def render(report: Mapping[str, Any]) -> str:
         "<h2>Memory</h2>",
         _table(memory_table(report)),
         '<p class="note">PSS counts a page shared by several processes, also by those of the other '
-        "deployment that runs beside it, in equal parts; RSS counts it in full in each. PSS is read while a "
-        "deployment starts and between the blocks. The KV cache is set by hand, equal in both.</p>",
+        "deployment that runs beside it, in equal parts; RSS counts it in full in each. PSS is read between "
+        "the blocks, with both up. The KV cache is set by hand, equal in both.</p>",
         f'<div class="plots">{_memory_plot(report["deployments"])}</div>',
         "<h2>Quality</h2>",
         _table(quality_table(report)),

@@ -11,7 +11,7 @@ MEMORY_ROWS = {
     "process beside them, steady": ("memory", "overhead_bytes"),
     "all processes (PSS), steady": ("memory", "steady_pss_bytes"),
     "all processes (PSS), peak": ("memory", "pss_bytes"),
-    "all processes (RSS), peak": ("memory", "peak_rss_bytes"),
+    "all processes (RSS), peak with start-up": ("memory", "peak_rss_bytes"),
     "GPU": ("memory", "gpu_bytes"),
 }
 

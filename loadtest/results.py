@@ -80,7 +80,7 @@ def _memory(watch: MemoryWatch | None, weights_and_kv_bytes: int) -> dict[str, A
     if watch is None or not samples:
         keys = ("pss_bytes", "steady_pss_bytes", "peak_rss_bytes", "overhead_bytes", "gpu_bytes")
         return {**dict.fromkeys(keys), "why_null": "not measured: attached by URL, or no /proc here"}
-    steady = int(median(sample.pss_bytes for sample in samples[watch.num_startup_samples :]))
+    steady = int(median(sample.pss_bytes for sample in samples))
     return {
         "pss_bytes": max(sample.pss_bytes for sample in samples),
         "steady_pss_bytes": steady,

@@ -2,17 +2,19 @@
 
 import csv
 import json
-import os
 import subprocess
 import sys
+import time
 from collections import Counter
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
 
-from loadtest import blocks, workload
+from loadtest import blocks, http_json, workload
 from loadtest.blocks import LOCUSTFILE, BlockPlan, read_rows, run_block
-from loadtest.deployment import DeploymentDiedError
+from loadtest.deployment import DeploymentDiedError, _free_port
 from loadtest.workload import Workload
 from models.errors import LeanRecError
 
@@ -118,17 +120,31 @@ def test_a_request_belongs_to_the_window_it_was_sent_in(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_locustfile_works_by_itself(serve_stub, tmp_path):
-    """As a person starts it, but headless: histories come from the service's own catalogue."""
-    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--users", "2"]
-    command += ["--json", "--stop-timeout", "5"]
-    environment = os.environ | {"LEANREC_SECONDS": "1"}
-    with serve_stub("full", delay_ms=10) as running:
-        done = subprocess.run(
-            [*command, "--host", running.url], cwd=tmp_path, capture_output=True, check=False, env=environment
-        )
-    assert done.returncode == 0, done.stderr.decode()
-    (stats,) = json.loads(done.stdout)
-    assert stats["name"] == "/recommend"
-    assert stats["num_requests"] > 0
-    assert stats["num_failures"] == 0
+def test_the_locustfile_works_by_itself_in_the_web_page(serve_stub, tmp_path):
+    """As a person starts it; histories come from the service's own catalogue."""
+    port = _free_port()
+    command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--web-host", "127.0.0.1"]
+    page = f"http://127.0.0.1:{port}"
+    with serve_stub("full", delay_ms=10) as running, open(tmp_path / "log", "wb") as log:
+        command += ["--web-port", str(port), "--host", running.url]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log) as process:
+            try:
+                while not http_json.is_ok(page):
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.2)
+                form = urlencode({"user_count": 2, "spawn_rate": 2, "host": running.url}).encode()
+                with urlopen(f"{page}/swarm", data=form) as response:
+                    assert json.load(response)["success"]
+                deadline = time.monotonic() + 60
+                while (stats := http_json.get(f"{page}/stats/requests"))["user_count"] < 2 or not requests_of(
+                    stats
+                ):
+                    assert time.monotonic() < deadline, stats
+                    time.sleep(0.2)
+            finally:
+                process.terminate()
+    assert stats["errors"] == []
+
+
+def requests_of(stats):
+    return sum(row["num_requests"] for row in stats["stats"] if row["name"] == "/recommend")

@@ -7,7 +7,6 @@ import socketserver
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler
 
 import psutil
@@ -164,20 +163,6 @@ def test_memory_counts_the_processes_below(tmp_path):
     assert memory.cpu_seconds(process.pid) is None
 
 
-def test_a_watch_samples_by_itself_until_the_deployment_is_ready(monkeypatch):
-    monkeypatch.setattr(memory, "SAMPLE_EVERY_S", 0.01)
-    watch = memory.MemoryWatch(os.getpid())
-    watch.start()
-    while len(watch.samples) < 3:
-        time.sleep(0.01)
-    watch.ready()
-    assert watch.num_startup_samples >= 3
-    assert len(watch.samples) == watch.num_startup_samples + 1
-    time.sleep(0.05)
-    watch.take()
-    assert len(watch.samples) == watch.num_startup_samples + 2
-
-
 class FakeNvml:
     """Two GPUs; what NVML answers cannot be had without one."""
 
@@ -213,8 +198,8 @@ def test_gpu_memory(monkeypatch, processes, expected):
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     memory._nvml.cache_clear()
     watch = memory.MemoryWatch(os.getpid())
-    watch.start()
     fake.used = [400, 100]
     watch.ready()
+    watch.take()
     memory._nvml.cache_clear()
     assert watch.gpu_bytes == expected

@@ -70,8 +70,7 @@ def make_report(session, *, quality=None, incomplete=None, command="loadtest --f
         )
         watch = MemoryWatch(os.getpid())
         steady = weights + (128 << 20) + others
-        watch.samples = [Sample(steady + (200 << 20), steady), Sample(steady, steady), Sample(steady, steady)]
-        watch.num_startup_samples = 1
+        watch.samples = [Sample(size, 2 * size) for size in (steady, steady + (200 << 20), steady)]
         watches[name] = watch
     settings = {
         "command": command,
@@ -125,6 +124,7 @@ def test_the_keys_that_others_read():
     memory = report["deployments"]["full"]["memory"]
     assert memory["steady_pss_bytes"] == (64 + 128 + 700) << 20
     assert memory["pss_bytes"] == (64 + 128 + 700 + 200) << 20
+    assert memory["peak_rss_bytes"] == 2 * memory["pss_bytes"]
     assert memory["overhead_bytes"] == 700 << 20
     assert report["speedup"]["memory"] == pytest.approx((64 + 128 + 900) / (8 + 128 + 890))
     assert report["agreement"]["top1"] == 0.5
