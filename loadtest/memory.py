@@ -27,8 +27,8 @@ class MemoryWatch:
     """Samples of one deployment's memory.
 
     They are taken when asked, between blocks and with both deployments up: reading PSS takes milliseconds,
-    and a deployment alone would have the pages of shared libraries to itself. What start-up took at most is in
-    the kernel's own peak.
+    and a deployment alone would have the pages of shared libraries to itself. What start-up took at most is
+    in the kernel's own peak.
     """
 
     def __init__(self, pid: int) -> None:
