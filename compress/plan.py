@@ -22,6 +22,8 @@ HIDDEN_STEPS = (64, 32, 16)
 # Share of the log of the cut that depth takes; the rest falls on width, where parameters go with the
 # square. At 5 % it keeps three layers in ten and four tenths of the width.
 DEPTH_SHARE = 0.4
+LEAST_HIDDEN = 64
+"""below it the price is steep: measured on the demonstration model, see docs/compression.md"""
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,10 @@ def _cost(shape: Shape, full: Shape, ideal_layers: float) -> float:
     cost += 0.5 * math.log(attention / wanted_attention) ** 2
     cost += 0.05 * math.log(shape.heads_per_group / full.heads_per_group) ** 2
     for beyond in (1.5 / mlp, mlp / 4, 0.75 / attention):
-        cost += 4 * max(math.log(beyond), 0.0) ** 2
+        cost += 2 * max(math.log(beyond), 0.0) ** 2
+    # Fewer dimensions tell too few items apart, and one layer cannot compose what another found.
+    cost += 20 * max(math.log(min(LEAST_HIDDEN, full.hidden_size) / hidden), 0.0) ** 2
+    cost += 4 * max(math.log(min(2, full.num_layers) / shape.num_layers), 0.0) ** 2
     return cost + _roughness(hidden, 0.03) + _roughness(shape.intermediate_size, 0.01)
 
 

@@ -34,7 +34,7 @@ PRESETS = {
         num_heads=4,
         num_kv_heads=2,
         head_dim=32,
-        intermediate_size=384,
+        intermediate_size=412,
         vocabulary=4096,
         max_history=50,
     ),
