@@ -110,7 +110,7 @@ def test_published_models_meet_the_budget(name, target):
     check_plan(config, plan)
     final = plan.final
     assert final.num_layers >= 2
-    assert 1.2 <= final.intermediate_size / final.hidden_size <= 6
+    assert 0.9 <= final.intermediate_size / final.hidden_size <= 6
     assert final.attention_width >= 0.75 * final.hidden_size
 
 
