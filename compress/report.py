@@ -17,6 +17,8 @@ class Evidence:
     plan: Plan
     weights: tuple[Weights, Weights]
     """of the full and the pruned checkpoint, from their headers"""
+    read_seconds: float
+    """of the full model's reading of the training rows"""
     full: dict[str, Any]
     cuts: list[dict[str, Any]]
     restored: list[dict[str, Any]]
@@ -44,7 +46,8 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
             STAGE_NAMES, evidence.cuts, evidence.restored, plan.counts[1:], strict=True
         )
     ]
-    seconds = evidence.full["seconds"] + evidence.finishing_seconds + sum(s["seconds"] for s in stages)
+    seconds = evidence.read_seconds + evidence.full["seconds"] + evidence.finishing_seconds
+    seconds += sum(stage["seconds"] for stage in stages)
     return {
         "target": plan.target_text,
         "parameters": {"full": full, "pruned": pruned},

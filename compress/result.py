@@ -64,6 +64,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     evidence = Evidence(
         plan=run.plan,
         weights=(read_weights(run.full.directory), weights),
+        read_seconds=(finished(work, "read") or {})["seconds"],
         full=finished(work, "full") or {},
         cuts=[finished(work, f"{name}-cut") or {} for name in STAGE_STEPS],
         restored=[finished(work, name) or {} for name in STAGE_STEPS],

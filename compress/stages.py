@@ -72,6 +72,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         epochs=run.recipe.drawings,
         seed=run.seed,
     )
+    begun = time.monotonic()
     cache_teacher(
         teacher,
         rows,
@@ -80,6 +81,8 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         processes=processes.num_processes,
     )
     processes.wait_for_everyone()
+    if processes.is_main_process and finished(work, "read") is None:
+        save_step(work, "read", {"seconds": time.monotonic() - begun})
     validation = inputs.some_examples(run.data.valid, run.recipe.validation_users, run.seed)
     bench = Bench(
         run=run,

@@ -58,6 +58,7 @@ def evidence():
     return Evidence(
         plan=PLAN,
         weights=(Weights(PLAN.counts[0], 4000), Weights(PLAN.counts[-1], 800)),
+        read_seconds=11.0,
         full={"seconds": 5.0, "metrics": measured(4.0)},
         cuts=[{"seconds": 10.0, "metrics": measured(6.0), "surgery": s} for s in (width, none, depth)],
         restored=[restored] * 3,
@@ -88,7 +89,7 @@ def test_report_has_the_stable_keys(evidence):
     assert report["kept_non_embedding"] == PLAN.stage_counts[-1] / PLAN.full_count
     assert report["retained"] == {"hr@10": pytest.approx(1.0), "ndcg@10": pytest.approx(0.9)}
     assert [set(stage) for stage in report["stages"]] == [{"name", "seconds", "parameters", "metrics"}] * 3
-    assert report["seconds"] == pytest.approx(5 + 3 * 30 + 7)
+    assert report["seconds"] == pytest.approx(11 + 5 + 3 * 30 + 7)
     assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
 
 
