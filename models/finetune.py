@@ -13,7 +13,6 @@ from models.catalog import Catalog
 from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
-from models.evaluate import Evaluation, evaluate
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
@@ -34,7 +33,7 @@ class FinetuneConfig:
     data: str
     out: Path
     epochs: int | None = None
-    """Passes over the training targets; None for 8 from scratch and 3 from a checkpoint."""
+    """Passes over the training targets; None for 10 from scratch and 3 from a checkpoint."""
     learning_rate: float | None = None
     """Peak; None for 4e-3 from scratch and 3e-4 from a checkpoint."""
     batch_tokens: int = 2048
@@ -153,8 +152,15 @@ def _trainer(
     work: Path,
     scratch: bool,
 ) -> "RecommenderTrainer":
-    epochs = config.epochs or (8 if scratch else 3)
-    rows = PackedStreams(data.train, recommender, StreamConfig(), epochs=epochs, seed=config.seed)
+    epochs = config.epochs or (10 if scratch else 3)
+    rows = PackedStreams(
+        data.train,
+        recommender,
+        # A new model reads each stream ten times: leaving out other titles each time keeps it from reciting.
+        StreamConfig(keep_share=0.85 if scratch else 1.0),
+        epochs=epochs,
+        seed=config.seed,
+    )
     batch = max(1, config.batch_tokens // rows.row_tokens)
     steps_per_epoch = max(1, rows.rows_per_epoch // batch)
     cuda = torch.cuda.is_available() and config.device != "cpu"
@@ -188,8 +194,8 @@ def _trainer(
             save_steps=max(1, steps_per_epoch * epochs // 4),
             save_total_limit=2,
             load_best_model_at_end=True,
-            metric_for_best_model="ndcg@10",
-            greater_is_better=True,
+            metric_for_best_model="nll",
+            greater_is_better=False,
             logging_steps=max(1, steps_per_epoch // 4),
             report_to=list(config.report_to),
             remove_unused_columns=False,
@@ -203,13 +209,19 @@ def _trainer(
 
 
 class RecommenderTrainer(Trainer):
-    """Trains on packed rows; the model is judged by NDCG@10 on validation users."""
+    """Trains on packed rows and keeps the best state by the NLL of the next item on validation users.
+
+    Ranking metrics of a thousand users differ between neighbouring states by less than their own error;
+    the negative log-likelihood, renormalised over the catalogue, tells them apart, and costs one search less.
+    """
 
     def __init__(self, *, recommender: Recommender, data: Dataset, loss: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.recommender = recommender
         self.data = data
         self.loss = loss
+        histories = data.valid.histories
+        self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
         self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
         self.model_accepts_loss_kwargs = False
 
@@ -227,10 +239,10 @@ class RecommenderTrainer(Trainer):
         return valid_cross_entropy(self.valid_tokens, hidden[learnt], weight, nodes[learnt], next_ids[learnt])
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Return validation metrics under exact constrained search."""
-        model = self.accelerator.unwrap_model(self.model)
-        found = evaluate_model(model, self.recommender, self.data, split="valid")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.metrics.items()}
+        """Return the negative log-likelihood of the next item on validation users, nats."""
+        engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
+        found = engine.log_probability(self.prompts, self.data.valid.targets.tolist())
+        metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -256,17 +268,3 @@ def _last_checkpoint(work: Path) -> str | None:
     found = sorted(work.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if (path / "trainer_state.json").is_file()]
     return str(whole[-1]) if whole else None
-
-
-def evaluate_model(
-    model: PreTrainedModel,
-    recommender: Recommender,
-    data: Dataset,
-    *,
-    split: str,
-    progress: str | None = None,
-) -> Evaluation:
-    """Return the quality of an in-memory model on the validation or test users."""
-    examples = data.test if split == "test" else data.valid
-    engine = TransformersEngine(model, recommender.trie, batch_size=64)
-    return evaluate(engine, recommender.prompter, examples, progress=progress)
