@@ -39,13 +39,16 @@ class Shape:
     @staticmethod
     def of(config: "PretrainedConfig") -> "Shape":
         """Return the shape of a transformers config of a supported family."""
-        heads = config.num_attention_heads
+        from optimum.utils import NormalizedConfigManager
+
+        normal = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+        heads = normal.num_attention_heads
         return Shape(
-            num_layers=config.num_hidden_layers,
-            hidden_size=config.hidden_size,
+            num_layers=normal.num_layers,
+            hidden_size=normal.hidden_size,
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=getattr(config, "head_dim", None) or normal.hidden_size // heads,
             intermediate_size=config.intermediate_size,
         )
 
