@@ -12,7 +12,6 @@ from models.data import Sequences
 from models.prompt import Prompter
 from models.trie import Trie
 
-
 OPEN_ROWS = 32
 
 
@@ -173,7 +172,7 @@ class PackedStreams(TorchDataset):
             offsets = self.table.offsets
             tokens = np.concatenate([self.table.tokens[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
             nodes = np.concatenate([self.table.nodes[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
-            # A single title or a template's prompt may be longer than a row; its end, which predicts, is kept.
+            # A title or a template's prompt may be longer than a row; its end, which predicts, is kept.
             ids = np.concatenate([before, tokens])[-size:]
             tokens, nodes = tokens[-(size - 1) :], nodes[-(size - 1) :]
             length = len(ids)

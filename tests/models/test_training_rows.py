@@ -1,6 +1,5 @@
 """Prompts, packed rows and losses: shift, padding and renormalisation done right."""
 
-
 import numpy as np
 import pytest
 import torch
