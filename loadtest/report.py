@@ -60,19 +60,31 @@ def difference(ratios: Mapping[str, Any], figure: str, different: str, same: str
 
 def load_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the levels as rows of text, the header first."""
-    table = [["users", "deployment", "requests", "failures", "requests/s", "p50 ms", "p95 ms", "p99 ms"]]
+    table = [
+        [
+            "users",
+            "deployment",
+            "requests",
+            "failures",
+            "requests/s",
+            "p50 ms",
+            "p95 ms",
+            "p99 ms",
+            "CPU ms/request",
+        ]
+    ]
     for level in report["levels"]:
         for name in SIDES:
             side = level[name]
             latency = side["latency_ms"]
             cells = [str(level["users"]), name, str(side["requests"]), str(side["failures"])]
             cells.append(with_interval(side["requests_per_second"], side["ci95"]["requests_per_second"], 1))
-            table.append(cells + [with_interval(latency[p], latency["ci95"][p], 1) for p in LATENCIES])
+            cells += [with_interval(latency[p], latency["ci95"][p], 1) for p in LATENCIES]
+            cpu = side["cpu_seconds_per_request"]
+            table.append([*cells, "" if cpu is None else f"{1000 * cpu:.1f}"])
         ratios = level["speedup"]
-        cells = [str(level["users"]), "speed-up", "", ""]
-        table.append(
-            cells + [with_interval(ratios[p], ratios["ci95"][p], 2, "×") for p in ("throughput", *LATENCIES)]
-        )
+        gains = [with_interval(ratios[p], ratios["ci95"][p], 2, "×") for p in ("throughput", *LATENCIES)]
+        table.append([str(level["users"]), "speed-up", "", "", *gains, ""])
     return table
 
 
