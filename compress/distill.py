@@ -56,8 +56,10 @@ def distillation_loss(
     with torch.no_grad():
         wanted = valid_tokens.log_probs(teacher_hidden[at], teacher_head, nodes[at])
     valid = valid_kl(wanted, valid_tokens.log_probs(student_hidden[at], student_head, nodes[at]))
-    vocabulary = chunked_vocabulary_kl(student_hidden, student_head, teacher_hidden, teacher_head)
-    total = weights.valid * valid + weights.vocabulary * vocabulary
+    total, vocabulary = weights.valid * valid, torch.zeros_like(valid)
+    if weights.vocabulary:
+        vocabulary = chunked_vocabulary_kl(student_hidden, student_head, teacher_hidden, teacher_head)
+        total = total + weights.vocabulary * vocabulary
     return DistillationLoss(total, valid.detach(), vocabulary.detach())
 
 

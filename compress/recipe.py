@@ -1,6 +1,8 @@
 """The numbers of a compression that are choices, not results."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from compress.distill import LossWeights
 
@@ -22,6 +24,17 @@ class Recipe:
     batch_tokens: int = 4096
     validation_users: int = 1000
     weights: LossWeights = field(default_factory=LossWeights)
+    """where the full model was trained on all tokens"""
+
+    def weights_for(self, training: Mapping[str, Any]) -> LossWeights:
+        """Return the shares of the loss for a full model's `training` record.
+
+        A model trained on valid tokens alone was never told what to think of the others: its probabilities
+        over the whole vocabulary hold nothing to learn.
+        """
+        if training.get("settings", {}).get("loss") == "valid":
+            return LossWeights(valid=1.0, vocabulary=0.0)
+        return self.weights
 
     def default_tokens(self, title_tokens: int) -> int:
         """Return the restoration budget for data with so many title tokens in its training part."""

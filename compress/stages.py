@@ -139,7 +139,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             seed=run.seed + stage,
             device=run.device,
-            weights=run.recipe.weights,
+            weights=run.recipe.weights_for(run.full.training),
         ),
     )
 

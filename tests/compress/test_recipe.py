@@ -1,0 +1,36 @@
+"""What a restoration learns from depends on what the full model was taught."""
+
+import pytest
+import torch
+
+from compress.distill import LossWeights, distillation_loss
+from compress.recipe import Recipe
+from models.losses import ValidTokens
+from models.trie import build_trie
+
+
+def test_a_model_trained_on_valid_tokens_teaches_only_those() -> None:
+    recipe = Recipe()
+    assert recipe.weights_for({"settings": {"loss": "valid"}}) == LossWeights(valid=1.0, vocabulary=0.0)
+    assert recipe.weights_for({"settings": {"loss": "vocabulary"}}) == recipe.weights
+    assert recipe.weights_for({"data": "mine"}) == recipe.weights  # trained elsewhere
+    assert recipe.weights.vocabulary > 0
+
+
+def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
+    torch.manual_seed(0)
+    trie = build_trie([[1, 3], [1, 4], [2, 3]], torch.zeros(3).numpy(), ["a", "b", "c"])
+    head, hidden = torch.randn(6, 8), torch.randn(4, 8)
+    nodes = torch.tensor([0, 1, -1, 0])
+    # Tokens 0 and 5 begin no title: a teacher that differs from the student only there.
+    teacher_head = head.clone()
+    teacher_head[[0, 5]] += 3.0
+
+    def loss(weights: LossWeights) -> float:
+        parts = distillation_loss(
+            hidden, head, hidden, teacher_head, nodes=nodes, valid_tokens=ValidTokens(trie), weights=weights
+        )
+        return float(parts.total)
+
+    assert loss(LossWeights(valid=1.0, vocabulary=0.0)) == pytest.approx(0.0, abs=1e-6)
+    assert loss(LossWeights(valid=0.5, vocabulary=0.5)) > 0.1
