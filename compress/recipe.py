@@ -14,9 +14,9 @@ class Recipe:
     calibration_rows: int = 256
     row_tokens: int | None = None
     """tokens of a packed row; None for what the data asks for"""
-    drawings: int = 1
+    drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
-    passes: float = 4.0
+    passes: float = 10.0
     """default budget: title tokens of one drawing, so many times"""
     stage_shares: tuple[float, float, float] = (0.15, 0.15, 0.70)
     """of the restoration tokens"""
