@@ -2,7 +2,6 @@
 
 import csv
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -16,6 +15,7 @@ import numpy as np
 from loadtest.compare import Block
 from loadtest.deployment import Deployment, log_tail
 from loadtest.memory import cpu_seconds
+from loadtest.processes import child_process, kill
 from models.errors import LeanRecError
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -140,11 +140,7 @@ def _run_locust(
         "LEANREC_TIMEOUT": str(REQUEST_TIMEOUT_S),
     }
     latest = time.monotonic() + seconds + REQUEST_TIMEOUT_S + 60
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-        )
-    try:
+    with child_process(command, log=log, stop=kill, environment=environment) as process:
         while (exit_code := process.poll()) is None:
             if deployment.process is not None and deployment.process.poll() is not None:
                 deployment.check_alive()
@@ -152,8 +148,4 @@ def _run_locust(
                 raise LeanRecError(f"Locust did not end in time{log_tail(log)}")
             on_tick()
             time.sleep(0.1)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
     return exit_code

@@ -1,19 +1,18 @@
 """A deployment under test: started here and stopped again, or attached to by its URL."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loadtest import http_json
+from loadtest.processes import Process, child_process, kill
 from models.errors import LeanRecError
 
 SERVE_COMMAND: Sequence[str] = (sys.executable, "-m", "serve.cli")
@@ -42,7 +41,7 @@ class Deployment:
     url: str
     model: Mapping[str, Any]
     """its answer to `GET /model`"""
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
     """None when attached by URL: its memory cannot be seen then"""
     log: Path | None = None
     startup_seconds: float | None = None
@@ -91,11 +90,7 @@ def started(
     command += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
+    with child_process(command, log=log, stop=_stop) as process:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(name, url, process, log, on_wait)
         seconds = time.perf_counter() - began
@@ -108,8 +103,6 @@ def started(
             log=log,
             startup_seconds=seconds,
         )
-    finally:
-        _stop(process)
 
 
 def attached(name: str, url: str) -> Deployment:
@@ -166,7 +159,7 @@ def _model(name: str, url: str) -> Mapping[str, Any]:
 
 
 def _wait_until_ready(
-    name: str, url: str, process: subprocess.Popen[bytes], log: Path, on_wait: Callable[[int], None]
+    name: str, url: str, process: Process, log: Path, on_wait: Callable[[int], None]
 ) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while True:
@@ -185,19 +178,12 @@ def _wait_until_ready(
         time.sleep(0.2)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: Process) -> None:
     if process.poll() is None:
         process.terminate()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    # The session's other processes, if the service left any behind.
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+    kill(process)
 
 
 def _free_port() -> int:

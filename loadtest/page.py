@@ -52,8 +52,8 @@ def render(report: Mapping[str, Any]) -> str:
         "<h2>Speed</h2>",
         _table(load_table(report), names=True),
         '<p class="note">In brackets: 95 % intervals from the blocks. '
-        "Speed-up is full over pruned for latencies and pruned over full for requests per second. CPU time is the "
-        "deployment's, of all its processes, and hardly depends on what else the machine does.</p>",
+        "Speed-up is full over pruned for latencies and pruned over full for requests per second. CPU time "
+        "is the deployment's, of all its processes, and hardly depends on what else the machine does.</p>",
         f'<div class="plots">{"".join(_speed_plots(report["levels"]))}</div>',
         "<h2>Memory</h2>",
         _table(memory_table(report)),
