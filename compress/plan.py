@@ -23,7 +23,7 @@ HIDDEN_STEPS = (64, 32, 16)
 # square. At 5 % it keeps three layers in ten and four tenths of the width.
 DEPTH_SHARE = 0.4
 LEAST_HIDDEN = 64
-"""below it the price is steep: measured on the demonstration model, see docs/compression.md"""
+"""below it the price is steep: a judgement, not a measurement"""
 
 
 @dataclass(frozen=True)
