@@ -202,9 +202,9 @@ def _importance_figures(evidence: Evidence) -> str:
     rounds = depth["importances"].get("layers")
     if rounds and rounds[0]:
         dropped = set(depth["dropped_layers"])
-        bars = [Bar(str(n), max(kl, 0.0), muted=n in dropped) for n, kl in enumerate(rounds[0])]
+        bars = [Bar(str(n), kl, muted=n in dropped) for n, kl in enumerate(rounds[0]) if kl >= 0]
         chart = bar_chart(bars, y_label="KL without it, nats", title="Importance by layer")
-        figures.append(_figure("Importance by layer (other colour: removed)", chart))
+        figures.append(_figure("Importance by layer, those tried (grey: removed)", chart))
     return _figures(*figures) if figures else '<p class="note">No scores were kept.</p>'
 
 
