@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import socket
@@ -144,6 +145,8 @@ def _run(service: "Service", app: object, listener: socket.socket) -> None:
     )
     service.on_failure = server._stop
     server.run(sockets=[listener])
+    # The interpreter's closing collections would walk every object of torch and vLLM, for many seconds.
+    gc.freeze()
     if service.is_loading:
         # A thread in the middle of loading cannot be stopped, and nothing depends on it.
         for child in psutil.Process().children(recursive=True):
