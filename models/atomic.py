@@ -22,10 +22,7 @@ def new_file(path: Path) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files private; a result is as readable as any other file.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -56,9 +53,18 @@ def new_directory(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)
+        for path_made in temporary.rglob("*"):
+            path_made.chmod((0o777 if path_made.is_dir() else 0o666) & ~_umask())
+        temporary.chmod(0o777 & ~_umask())
         if path.exists():
             path.rmdir()
         temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _umask() -> int:
+    """Return the process's mask: temporary files are private, a result is as readable as any other file."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask

@@ -1,6 +1,7 @@
 """A recommender directory is written whole, reads back, and says what is wrong when damaged."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,14 @@ def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: st
     damage(copy)
     with pytest.raises(LeanRecError, match=message):
         load_model(read_recommender(copy))
+
+
+def test_others_may_read_what_the_umask_lets_them(made: Path) -> None:
+    # A container's user reads a model that another user wrote.
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in made.iterdir()} == {0o666 & ~umask}
+    assert made.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_a_plain_folder_is_told_what_it_lacks(tmp_path: Path) -> None:
