@@ -30,7 +30,8 @@ demo: $(INSTALLED)
 	python -m benchmarks.demo
 
 test: $(INSTALLED)
-	pytest --durations=10 --cov --cov-report=term:skip-covered
+	# One thread each: two workers fill two cores, and threads that wait for one another by spinning do not.
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --durations=10 --cov --cov-report=term:skip-covered
 
 lint: $(INSTALLED)
 	ruff check .
