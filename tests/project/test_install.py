@@ -69,5 +69,5 @@ def test_a_failed_install_is_not_taken_for_a_finished_one(tmp_path):
     for _ in range(2):
         done = subprocess.run(["make", "test"], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 2
-        assert "pytest" not in done.stdout
+        assert "pytest -n" not in done.stdout, "the tests began without an environment"
     assert not list((tmp_path / ".venv").glob(".installed-*"))
