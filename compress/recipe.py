@@ -12,8 +12,6 @@ class Recipe:
     """How a model is pruned and restored."""
 
     calibration_rows: int = 256
-    row_tokens: int | None = None
-    """tokens of a packed row; None for what the data asks for"""
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 10.0
