@@ -7,7 +7,7 @@ import numpy as np
 
 from models.catalog import Catalog
 from models.errors import LeanRecError
-from models.sources import Source, find_source
+from models.sources import SECONDS_A_DAY, Source, find_source
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,6 @@ class Dataset:
     train: Sequences
     valid: Examples
     test: Examples
-
-
-SECONDS_A_DAY = 86_400
 
 
 def load_data(spec: str) -> Dataset:

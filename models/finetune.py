@@ -18,6 +18,7 @@ from models.gguf_smollm2 import smollm2_checkpoint
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
 from models.presets import PRESETS, new_model, train_tokenizer
 from models.prompt import STREAM_TEMPLATE, PromptConfig
+from models.sources import find_source
 from models.streams import PackedStreams, StreamConfig
 from models.transformers_engine import TransformersEngine
 
@@ -94,7 +95,7 @@ def finetune(config: FinetuneConfig) -> Path:
             prompt=prompt,
             training={
                 "data": config.data,
-                "split": "given" if config.data != "ml-100k" and _given(config.data) else "leave-one-out",
+                "split": "given" if find_source(config.data).has_splits else "leave-one-out",
                 "seed": config.seed,
                 "base": config.base,
                 "settings": settings,
@@ -102,10 +103,6 @@ def finetune(config: FinetuneConfig) -> Path:
         )
         shutil.rmtree(work, ignore_errors=True)
     return out
-
-
-def _given(data: str) -> bool:
-    return (Path(data) / "test.parquet").is_file()
 
 
 def _base(

@@ -19,6 +19,7 @@ from models.catalog import Catalog, make_catalog
 from models.errors import LeanRecError, UsageError
 
 BUILT_IN = "ml-100k"
+SECONDS_A_DAY = 86_400
 ML100K_SHIPPED_IN = "recbole==1.2.1"
 
 
@@ -137,7 +138,7 @@ class FolderSource:
                     later.append(True)
                     continue
                 item = catalog.item_ids[int(histories[len(users) - len(names) + i][-1])]
-                later.append(int(times[i]) // 86_400 > last_days.get((user, item), -1))
+                later.append(int(times[i]) // SECONDS_A_DAY > last_days.get((user, item), -1))
         flat_targets = np.concatenate(targets) if targets else np.zeros(0, np.int32)
         return users, histories, flat_targets, np.array(later, bool)
 
@@ -153,7 +154,7 @@ class FolderSource:
             for user, item, second in zip(
                 batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), seconds.tolist(), strict=True
             ):
-                days[user, item] = second // 86_400
+                days[user, item] = second // SECONDS_A_DAY
         return days
 
 
