@@ -68,7 +68,7 @@ def load_data(spec: str) -> Dataset:
     catalog = source.items()
     data = _ready_made(source, catalog) if source.has_splits else _leave_one_out(source, catalog)
     counts = np.bincount(data.train.items, minlength=len(catalog))
-    return replace(data, catalog=Catalog(catalog.item_ids, catalog.titles, counts))
+    return replace(data, catalog=replace(catalog, popularity=counts))
 
 
 def _leave_one_out(source: Source, catalog: Catalog) -> Dataset:

@@ -1,0 +1,48 @@
+"""The catalogue: what it refuses, what it keeps."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from models.catalog import make_catalog, read_catalog, write_catalog
+from models.errors import LeanRecError
+
+ATTRIBUTES = {
+    "category": pa.chunked_array([["film", None, "book"]]).dictionary_encode(),
+    "year": pa.chunked_array([pa.array([1995, 2001, None], pa.int16())]),
+    "price": pa.chunked_array([pa.array([1.5, None, 0.25], pa.float32())]),
+    "in_stock": pa.chunked_array([[True, False, None]]),
+    "genres": pa.chunked_array([[["war", "drama"], [], None]]),
+    "unknown": pa.chunked_array([pa.nulls(3)]),
+}
+
+
+def test_attributes_survive_a_file(tmp_path: Path) -> None:
+    catalog = make_catalog(["a", "b", "c"], ["One", "Two", "Three"], None, "here", ATTRIBUTES)
+    write_catalog(tmp_path / "catalog.parquet", catalog)
+    read = read_catalog(tmp_path / "catalog.parquet")
+    types = {name: str(column.type).replace("element", "item") for name, column in read.attributes.items()}
+    assert types == {
+        "category": "string",
+        "year": "int64",
+        "price": "double",
+        "in_stock": "bool",
+        "genres": "list<item: string>",
+        "unknown": "string",
+    }
+    for name, column in ATTRIBUTES.items():
+        assert read.attributes[name].to_pylist() == column.to_pylist()
+
+
+def test_an_attribute_of_no_use_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "catalog.parquet"
+    when = pa.array(np.array(["2020-01-01"], "datetime64[s]"))
+    pq.write_table(pa.table({"item_id": ["a"], "title": ["One"], "released": when}), path)
+    with pytest.raises(LeanRecError, match=r"released is of type timestamp"):
+        read_catalog(path)
+    huge = pa.chunked_array([pa.array([2**63], pa.uint64())])
+    with pytest.raises(LeanRecError, match="huge cannot be read as int64"):
+        make_catalog(["a"], ["One"], None, "here", {"huge": huge})
