@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from models.subset import Subset
 from models.trie import Trie
 
 
@@ -22,9 +23,9 @@ class SearchRequest:
     """Token ids of the history."""
     k: int = 10
     excluded: frozenset[int] = frozenset()
-    """Catalogue rows that are not to be returned; other scores are unchanged."""
-    candidates: frozenset[int] | None = None
-    """The only catalogue rows that may be returned, or None for all."""
+    """A few catalogue rows that are not to be returned; other scores are unchanged."""
+    subset: Subset | None = None
+    """The only catalogue rows that may be returned, or None for all; scores are unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,16 @@ class SearchSettings:
     subtree: int = 2
     """A node opened with all its descendants when there are at most so many: fewer, larger steps."""
     max_expansions: int = 128
-    """Nodes opened in all; the last quarter goes to finishing a list. Then the answer may be inexact."""
+    """Nodes opened for up to ten items of the whole catalogue; `budget` has the rest."""
+
+    def budget(self, request: SearchRequest) -> int:
+        """Return how many nodes may be opened; the last quarter goes to finishing a list.
+
+        A further item takes about one node more; it is given two. A subset leaves less probable items, found
+        later: with four times as many nodes any few hundred items can be searched to the end.
+        """
+        nodes = self.max_expansions + 2 * max(0, request.k - 10)
+        return nodes if request.subset is None else 4 * nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,23 +78,21 @@ class BestFirstSearch:
     _expanding: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._alive: np.ndarray | None = None
-        self._wanted: np.ndarray | None = None
-        self._available = len(self.trie.leaf_items) - len(self.request.excluded)
-        if self.request.candidates is not None:
-            rows = np.array(sorted(self.request.candidates - self.request.excluded), np.int64)
-            self._available = len(rows)
-            self._wanted = np.zeros(len(self.trie.leaf_items), bool)
-            self._wanted[rows] = True
-            self._alive = self.trie.nodes_above(rows)
-        self._goal = min(self.request.k, self._available)
+        subset, excluded = self.request.subset, self.request.excluded
+        if subset is None:
+            available = len(self.trie.leaf_items) - len(excluded)
+        else:
+            excluded_rows = np.fromiter(excluded, np.int64, len(excluded))
+            available = subset.count - int(np.count_nonzero(subset.rows[excluded_rows]))
+        self._goal = min(self.request.k, available)
+        self._budget = self.settings.budget(self.request)
         if self._goal > 0:
             self._push(np.zeros(1), np.zeros(1, np.int64))
 
     def select(self) -> list[int]:
         """Return the nodes to score now, parents before children; empty when the search has ended."""
-        left = self.settings.max_expansions - self.expansions
-        finishing = len(self._done) < self._goal and left <= self.settings.max_expansions // 4
+        left = self._budget - self.expansions
+        finishing = len(self._done) < self._goal and left <= self._budget // 4
         if left <= 0 and not finishing:
             return []
         chosen = self._dive() if finishing and self._newest else self._best(max(left, 1))
@@ -107,8 +115,8 @@ class BestFirstSearch:
             targets = self.trie.children(node)[1]
             scores = self._expanding[node] + children.astype(np.float64)
             is_node = targets >= 0
-            if self._alive is not None:
-                is_node &= self._alive[np.maximum(targets, 0)]
+            if self.request.subset is not None:
+                is_node &= self.request.subset.nodes[np.maximum(targets, 0)]
             self._finish(scores[targets < 0], ~targets[targets < 0])
             node_scores, node_targets = scores[is_node], targets[is_node]
             if len(self._expanding) > 1 and len(node_targets):
@@ -185,14 +193,17 @@ class BestFirstSearch:
         for current in found:  # grows while it is walked
             targets = self.trie.children(current)[1]
             targets = targets[targets >= 0]
-            if self._alive is not None:
-                targets = targets[self._alive[targets]]
+            if self.request.subset is not None:
+                targets = targets[self.request.subset.nodes[targets]]
             found += targets.tolist()
         return found
 
     def _finish(self, scores: np.ndarray, leaves: np.ndarray) -> None:
         """Enter the items of leaves that can still be among the best."""
         keep = -scores <= self._threshold
+        subset = self.request.subset
+        if subset is not None:
+            keep &= subset.leaves[leaves]
         scores, leaves = scores[keep], leaves[keep]
         entered, last = 0, -np.inf
         for position in np.argsort(-scores, kind="stable").tolist():
@@ -200,8 +211,12 @@ class BestFirstSearch:
             if entered >= self._goal and score < last:
                 break
             start, stop = self.trie.leaf_item_offsets[leaf : leaf + 2]
-            for row in self.trie.leaf_items[start:stop].tolist():
-                if row in self.request.excluded or (self._wanted is not None and not self._wanted[row]):
+            rows = self.trie.leaf_items[start:stop]
+            if subset is not None:
+                rows = rows[subset.rows[rows]]
+            # In a leaf the popular come first: beyond the k-th that is left none can be returned.
+            for row in rows[: self._goal + len(self.request.excluded)].tolist():
+                if row in self.request.excluded:
                     continue
                 self._done.append((-score, int(self.trie.item_order[row]), row))
                 entered, last = entered + 1, score

@@ -3,8 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from models.catalog import normal_title
 from models.search import SearchRequest, SearchResult
+from models.subset import Subset
 from serve.schemas import RecommendedItem, RecommendRequest
 from serve.shelf import Shelf
 
@@ -17,7 +20,7 @@ class Prepared:
     """None: a cold start"""
     k: int
     excluded: frozenset[int]
-    candidates: frozenset[int] | None
+    subset: Subset | None
     unknown: list[str]
 
 
@@ -39,17 +42,18 @@ def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Pre
     excluded = {row_of[name] for name in request.exclude if name in row_of}
     if request.exclude_history:
         excluded.update(history)
-    candidates = None
+    subset = None
     if request.candidates is not None:
-        candidates = frozenset(row_of[name] for name in request.candidates if name in row_of)
+        known = [row_of[name] for name in request.candidates if name in row_of]
+        rows = np.zeros(len(shelf.catalog), bool)
+        rows[known] = True
+        subset = Subset.of(shelf.trie, rows)
         unknown += [name for name in request.candidates if name not in row_of]
     search = None
     if history:
         prompt = _prompt(history, shelf, longest_prompt)
-        search = SearchRequest(
-            prompt=prompt, k=request.k, excluded=frozenset(excluded), candidates=candidates
-        )
-    return Prepared(search, request.k, frozenset(excluded), candidates, list(dict.fromkeys(unknown)))
+        search = SearchRequest(prompt=prompt, k=request.k, excluded=frozenset(excluded), subset=subset)
+    return Prepared(search, request.k, frozenset(excluded), subset, list(dict.fromkeys(unknown)))
 
 
 def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:
@@ -63,11 +67,11 @@ def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:
 
 def cold_start(prepared: Prepared, shelf: Shelf) -> SearchResult:
     """Return the most popular items that may be recommended; ties by item id."""
-    if prepared.candidates is None:
-        rows = shelf.popular[: prepared.k + len(prepared.excluded)].tolist()
-    else:
-        rows = sorted(prepared.candidates, key=shelf.trie.item_order.__getitem__)
-    rows = [row for row in rows if row not in prepared.excluded][: prepared.k]
+    popular = shelf.popular
+    if prepared.subset is not None:
+        popular = popular[prepared.subset.rows[popular]]
+    most = popular[: prepared.k + len(prepared.excluded)].tolist()
+    rows = [row for row in most if row not in prepared.excluded][: prepared.k]
     return SearchResult(rows=rows, scores=shelf.log_share[rows].tolist(), exact=True, expansions=0, steps=0)
 
 

@@ -12,6 +12,7 @@ from models.engine import Engine
 from models.errors import LeanRecError
 from models.golden import FILE, Golden, golden_prompt, read_golden
 from models.search import SearchRequest
+from models.subset import Subset
 
 TOLERANCE = {"float32": 0.01, "float16": 0.1, "bfloat16": 0.3}
 """Most a title's log-probability may differ from transformers' in fp32. A wrong weight, token or position
@@ -76,7 +77,9 @@ def warm_up(engine: Engine, recommender: Recommender, golden: Golden, dtype: str
         raise LeanRecError(f"{recommender.directory}: the golden answer has unknown items ({unknown[0]!r})")
     # Asked for exactly the golden items: near-ties may change places, scores may not change.
     rows = [row_of[item] for item in golden.items]
-    request = SearchRequest(prompt=prompt, k=len(rows), candidates=frozenset(rows))
+    wanted = np.zeros(len(row_of), bool)
+    wanted[rows] = True
+    request = SearchRequest(prompt=prompt, k=len(rows), subset=Subset.of(recommender.trie, wanted))
     result = engine.recommend([request])[0]
     found = dict(zip(result.rows, result.scores, strict=True))
     scores = np.array([found.get(row, np.nan) for row in rows])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from models.errors import LeanRecError
 from models.search import BestFirstSearch, SearchRequest, SearchSettings, run_searches
+from models.subset import Subset
 from models.trie import Trie, build_trie
 
 END = 9
@@ -50,31 +51,82 @@ def run(trie: Trie, log_probs: list[np.ndarray], request: SearchRequest, found: 
     )[0]
 
 
+@st.composite
+def requests(draw: st.DrawFn, trie: Trie) -> tuple[SearchRequest, np.ndarray]:
+    """A request, and which rows it leaves: bool `[items]`."""
+    items = len(trie.leaf_items)
+    excluded = draw(st.frozensets(st.integers(0, items - 1)))
+    mask = draw(st.none() | st.lists(st.booleans(), min_size=items, max_size=items).map(np.array))
+    left = np.ones(items, bool) if mask is None else mask.copy()
+    left[sorted(excluded)] = False
+    subset = None if mask is None else Subset.of(trie, mask)
+    return SearchRequest(prompt=[], k=draw(st.integers(1, 100)), excluded=excluded, subset=subset), left
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     trie=tries(),
     seed=st.integers(0, 99),
     flat=st.booleans(),
-    k=st.integers(1, 30),
     width=st.integers(1, 6),
     subtree=st.integers(0, 9),
     data=st.data(),
 )
-def test_top_k_equals_exhaustive_scoring(*, trie, seed, flat, k, width, subtree, data) -> None:
-    rows = list(range(len(trie.leaf_items)))
-    excluded = frozenset(data.draw(st.sets(st.sampled_from(rows))))
-    candidates = data.draw(st.none() | st.frozensets(st.sampled_from(rows)))
+def test_top_k_equals_exhaustive_filtering(*, trie, seed, flat, width, subtree, data) -> None:
+    request, left = data.draw(requests(trie))
     log_probs = node_log_probs(trie, seed, flat)
-    request = SearchRequest(prompt=[], k=k, excluded=excluded, candidates=candidates)
     result = run(trie, log_probs, request, SearchSettings(width=width, subtree=subtree, max_expansions=10**6))
-    wanted = [
-        (score, row)
-        for score, _, row in exhaustive(trie, log_probs)
-        if row not in excluded and (candidates is None or row in candidates)
-    ][:k]
+    wanted = [(score, row) for score, _, row in exhaustive(trie, log_probs) if left[row]][: request.k]
     assert result.exact
     assert result.rows == [row for _, row in wanted]
     np.testing.assert_allclose(result.scores, [-score for score, _ in wanted], atol=1e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(trie=tries(), seed=st.integers(0, 99), budget=st.integers(1, 3), data=st.data())
+def test_exact_is_never_claimed_wrongly(*, trie, seed, budget, data) -> None:
+    request, left = data.draw(requests(trie))
+    log_probs = node_log_probs(trie, seed, False)
+    result = run(trie, log_probs, request, SearchSettings(width=2, subtree=0, max_expansions=budget))
+    assert left[result.rows].all()
+    assert len(set(result.rows)) == len(result.rows) <= request.k
+    best = [row for _, _, row in exhaustive(trie, log_probs) if left[row]][: request.k]
+    if result.exact:
+        assert result.rows == best
+    of_row = {row: -score for score, _, row in exhaustive(trie, log_probs)}
+    assert result.scores == pytest.approx([of_row[row] for row in result.rows], abs=1e-6)
+
+
+@settings(deadline=None)
+@given(trie=tries(), data=st.data())
+def test_a_subset_leads_to_its_rows_and_nowhere_else(trie, data) -> None:
+    items = len(trie.leaf_items)
+    rows = np.array(data.draw(st.lists(st.booleans(), min_size=items, max_size=items)))
+    subset = Subset.of(trie, rows)
+    leaves = {int(trie.leaf_of_item[row]) for row in np.flatnonzero(rows)}
+    assert subset.count == rows.sum()
+    assert set(np.flatnonzero(subset.leaves).tolist()) == leaves
+    above = {node for leaf in leaves for node in trie.branches_of_leaf(leaf)[0]}
+    assert set(np.flatnonzero(subset.nodes).tolist()) == above
+
+
+def test_dead_subtrees_are_not_opened() -> None:
+    titles = [[a, b, c, END] for a in range(4) for b in range(4) for c in range(4)]
+    trie = build_trie(titles, np.zeros(64), [f"i{n:02}" for n in range(64)])
+    log_probs = node_log_probs(trie, 0, False)
+    for row in (0, 33, 63):
+        subset = Subset.of(trie, np.arange(64) == row)
+        result = run(trie, log_probs, SearchRequest(prompt=[], k=10, subset=subset), SearchSettings())
+        assert (result.rows, result.exact, result.expansions) == ([row], True, 3)
+
+
+def test_what_is_asked_widens_the_budget() -> None:
+    trie = build_trie([[1, END], [2, END]], np.zeros(2), ["a", "b"])
+    settings = SearchSettings(max_expansions=128)
+    plain = [settings.budget(SearchRequest(prompt=[], k=k)) for k in (1, 10, 11, 100)]
+    assert plain[0] == plain[1] == 128 < plain[2] < plain[3]
+    subset = Subset.of(trie, np.ones(2, bool))
+    assert settings.budget(SearchRequest(prompt=[], k=10, subset=subset)) > 128
 
 
 @given(trie=tries(), seed=st.integers(0, 99))

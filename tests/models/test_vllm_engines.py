@@ -14,6 +14,7 @@ from models.checkpoint import Recommender, load_model, read_recommender
 from models.errors import LeanRecError
 from models.kv_blocks import BlockPool, OutOfBlocksError
 from models.search import SearchRequest, SearchResult, SearchSettings
+from models.subset import Subset
 from models.transformers_engine import TransformersEngine
 from models.trie import build_trie
 from models.vllm_engine import WorkerEngine, open_engine
@@ -68,7 +69,7 @@ def bench(recommender: Recommender) -> Iterator[Bench]:
     ]
     requests[2] = replace(requests[2], k=100)
     requests[3] = replace(requests[3], k=1)
-    requests[4] = replace(requests[4], candidates=frozenset(range(0, 150, 9)))
+    requests[4] = replace(requests[4], subset=Subset.of(recommender.trie, np.arange(150) % 9 == 0))
     engine = open_engine(recommender, arguments=ARGUMENTS)
     assert isinstance(engine, WorkerEngine)
     yield Bench(recommender, engine, reference, requests, reference.recommend(requests))
@@ -199,7 +200,7 @@ def test_a_failure_frees_its_blocks_and_its_prefixes(bench: Bench, monkeypatch: 
 def test_another_catalogue_and_back(bench: Bench) -> None:
     catalog, tokens = bench.recommender.catalog, bench.recommender.prompter.title_tokens
     few = build_trie(tokens[:40], catalog.popularity[:40], catalog.item_ids[:40])
-    requests = [replace(r, excluded=frozenset(), candidates=None) for r in bench.requests]
+    requests = [replace(r, excluded=frozenset(), subset=None) for r in bench.requests]
     bench.engine.use_trie(few)
     expected = TransformersEngine(bench.reference.model, few).recommend(requests)
     assert_same(bench.engine.recommend(requests), expected)
