@@ -35,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--recipe", choices=["leanrec"], default="leanrec", help="how to prune and restore")
     command.add_argument(
+        "--vocab",
+        choices=["keep", "catalog"],
+        default="keep",
+        help="catalog: keep only the tokens of titles, prompts and training histories, and all bytes; scores "
+        "stay the same (default: keep)",
+    )
+    command.add_argument(
         "--restore-tokens",
         type=int,
         metavar="N",
@@ -64,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
             data=arguments.data,
             out=arguments.out,
             recipe=arguments.recipe,
+            vocab=arguments.vocab,
             restore_tokens=arguments.restore_tokens,
             seed=arguments.seed,
             device=arguments.device,

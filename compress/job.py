@@ -8,6 +8,7 @@ from compress.plan import Plan
 from compress.recipe import Recipe
 from models.checkpoint import Recommender
 from models.data import Dataset
+from models.vocabulary import Trimmed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class Job:
     data: str | None = None
     out: Path | None = None
     recipe: str = "leanrec"
+    vocab: str = "keep"
+    """`keep`, or `catalog`: only the tokens that titles and training histories use"""
     restore_tokens: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -30,6 +33,9 @@ class Run:
     """Inputs read and checked, choices made."""
 
     full: Recommender
+    """as it was given"""
+    trimmed: Trimmed | None
+    """the full model under a smaller vocabulary, where one was asked for"""
     data: Dataset
     """numbered as the full model's catalogue"""
     plan: Plan
@@ -40,3 +46,8 @@ class Run:
     device: str
     settings: dict[str, Any]
     """all that the result depends on; a run with the same settings gives the same result"""
+
+    @property
+    def teacher(self) -> Recommender:
+        """The full model under the vocabulary of the result: what is pruned and learnt from."""
+        return self.trimmed.recommender if self.trimmed else self.full

@@ -21,6 +21,7 @@ from models.data import Dataset, load_data
 from models.errors import UsageError
 from models.families import check_supported
 from models.sources import BUILT_IN
+from models.vocabulary import trimmed_recommender
 
 
 def compress(job: Job) -> Path | None:
@@ -107,6 +108,9 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     check_supported(full.config, str(directory))
     plan = make_plan(full.config, job.target)
     data = inputs.aligned(load_data(_data_spec(job, full)), full.catalog)
+    trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None
+    if trimmed:
+        plan = plan.with_vocabulary(len(trimmed.rows))
     recipe = RECIPES[job.recipe]
     tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
     settings = {
@@ -117,9 +121,12 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         "data_sha256": inputs.data_sha256(data),
         "restore_tokens": tokens,
         "seed": job.seed,
+        # The default is left out: results made before there was a choice stay what they are.
+        **({"vocab": job.vocab} if trimmed else {}),
     }
     return Run(
         full=full,
+        trimmed=trimmed,
         data=data,
         plan=plan,
         recipe=recipe,

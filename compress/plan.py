@@ -37,6 +37,8 @@ class Plan:
     stages: tuple[Shape, Shape, Shape]
     """after heads and hidden width, after MLP width, after depth"""
     traits: Traits
+    """of the result: `vocab_size` is the trimmed one where the vocabulary is"""
+    full_vocab_size: int
 
     @property
     def final(self) -> Shape:
@@ -45,7 +47,8 @@ class Plan:
     @property
     def counts(self) -> tuple[ParameterCounts, ParameterCounts, ParameterCounts, ParameterCounts]:
         """Parameters of the full model and after each stage."""
-        full, first, second, third = (count_parameters(s, self.traits) for s in (self.full, *self.stages))
+        full = count_parameters(self.full, replace(self.traits, vocab_size=self.full_vocab_size))
+        first, second, third = (count_parameters(shape, self.traits) for shape in self.stages)
         return full, first, second, third
 
     @property
@@ -57,6 +60,10 @@ class Plan:
         """Non-embedding parameters after each stage."""
         _, first, second, third = self.counts
         return first.non_embedding, second.non_embedding, third.non_embedding
+
+    def with_vocabulary(self, size: int) -> "Plan":
+        """Return the plan whose stages all have a vocabulary of another size."""
+        return replace(self, traits=replace(self.traits, vocab_size=size))
 
     def describe(self) -> str:
         """Return the plan as text: shapes and parameters before, after each stage and at the end."""
@@ -78,11 +85,13 @@ class Plan:
             ("MLP width", "intermediate_size"),
         ):
             lines.append(_row(label, *(f"{getattr(shape, field):,}" for shape in shapes)))
-        lines.append("")
+        sizes = (self.full_vocab_size, *[self.traits.vocab_size] * len(self.stages))
+        lines += [_row("vocabulary", *(f"{size:,}" for size in sizes)), ""]
         for part in ("attention", "mlp", "norm", "non_embedding", "embedding", "head", "total"):
             lines.append(_row(part.replace("_", "-"), *(f"{getattr(count, part):,}" for count in counts)))
         shares = (f"{count.non_embedding / self.full_count:.2%}" for count in counts)
         lines.append(_row("kept", *shares))
+        lines.append(_row("kept of total", *(f"{count.total / counts[0].total:.2%}" for count in counts)))
         if self.traits.writes_llama(self.final):
             lines += ["", "stored as LlamaForCausalLM: vLLM's Qwen2 cannot hold this head size"]
         return "\n".join(lines)
@@ -153,7 +162,7 @@ def make_plan(config: "PretrainedConfig", target_text: str) -> Plan:
     final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
     narrow = replace(final, num_layers=full.num_layers, intermediate_size=full.intermediate_size)
     slim = replace(final, num_layers=full.num_layers)
-    return Plan(target_text.strip(), budget, full, (narrow, slim, final), traits)
+    return Plan(target_text.strip(), budget, full, (narrow, slim, final), traits, traits.vocab_size)
 
 
 def _smallest(full: Shape) -> Shape:

@@ -52,7 +52,10 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         "target": plan.target_text,
         "parameters": {"full": full, "pruned": pruned},
         "kept_non_embedding": pruned["non_embedding"] / full["non_embedding"],
-        "shape": {"full": asdict(plan.full), "pruned": asdict(plan.final)},
+        "shape": {
+            "full": {**asdict(plan.full), "vocab_size": plan.full_vocab_size},
+            "pruned": {**asdict(plan.final), "vocab_size": plan.traits.vocab_size},
+        },
         "stages": stages,
         "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},
         "retained": {

@@ -93,7 +93,11 @@ def summary(report: dict[str, Any], out: Path) -> str:
     """Return the result in a few lines."""
     full, pruned = (report["metrics"][which]["test"] for which in ("full", "pruned"))
     kept, of = (report["parameters"][which]["non_embedding"] for which in ("pruned", "full"))
-    lines = [f"kept {report['kept_non_embedding']:.2%} of the non-embedding parameters: {kept:,} of {of:,}"]
+    total, of_total = (report["parameters"][which]["total"] for which in ("pruned", "full"))
+    lines = [
+        f"kept {report['kept_non_embedding']:.2%} of the non-embedding parameters: {kept:,} of {of:,}; "
+        f"of all parameters {total / of_total:.2%}: {total:,} of {of_total:,}"
+    ]
     for name in ("hr@10", "ndcg@10"):
         low, high = pruned["ci95"][name]
         lines.append(
@@ -123,7 +127,7 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
     write_recommender(
         candidate,
         model=model,
-        tokenizer=run.full.tokenizer,
+        tokenizer=run.teacher.tokenizer,
         catalog=run.full.catalog,
         prompt=run.full.prompt,
         training=run.full.training,
@@ -138,11 +142,12 @@ def _verified(run: Run, work: Path, candidate: Path) -> Parity:
         print("verify in vLLM", file=sys.stderr, flush=True)
         histories = run.data.test.histories
         chosen = torch.linspace(0, len(histories) - 1, min(PROMPTS, len(histories))).long().tolist()
-        prompts = [run.full.prompter.encode(histories[index].tolist()) for index in chosen]
+        encode = run.teacher.prompter.encode
+        prompts = [encode(histories[index].tolist()) for index in chosen]
         # Small data has fewer users; shorter histories of the same ones are prompts as well.
         while len(prompts) < PROMPTS:
             history = histories[len(prompts) % len(histories)].tolist()
-            prompts.append(run.full.prompter.encode(history[: 1 + len(prompts) % max(len(history), 1)]))
+            prompts.append(encode(history[: 1 + len(prompts) % max(len(history), 1)]))
         parity = check_engines_agree(candidate, prompts)
         facts = save_step(work, "verify", vars(parity).copy())
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
@@ -155,8 +160,9 @@ def _tested(run: Run, work: Path, candidate: Path) -> dict[str, Any]:
         found = evaluate_baselines(run.data, run.data.test)
         facts = {"baselines": {name: baseline.to_json() for name, baseline in found.items()}}
         for name, recommender in (("full", run.full), ("pruned", read_recommender(candidate))):
-            engine = TransformersEngine(load_model(recommender, torch.float32, run.device), run.full.trie)
-            tested = evaluate(engine, run.full.prompter, run.data.test, progress=f"test {name}")
+            model = load_model(recommender, torch.float32, run.device)
+            engine = TransformersEngine(model, recommender.trie)
+            tested = evaluate(engine, recommender.prompter, run.data.test, progress=f"test {name}")
             facts[name] = tested.to_json()
         facts = save_step(work, "test", facts)
     return facts

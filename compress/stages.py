@@ -64,9 +64,11 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     The main process cuts and measures; all processes read with the teacher and restore.
     """
     teacher = load_model(run.full, torch.float32, run.device)
+    if run.trimmed:
+        teacher = run.trimmed.slice(teacher)
     rows = make_rows(
         run.data.train,
-        run.full,
+        run.teacher,
         StreamConfig(),
         tokens=round(run.tokens * max(run.recipe.stage_shares)),
         epochs=run.recipe.drawings,
@@ -93,7 +95,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         rows=rows,
         states=open_states(rows, work / "teacher"),
         batches=calibration_batches(rows, run.recipe.calibration_rows, CALIBRATION_BATCH_ROWS, run.device),
-        yardstick=Yardstick(run.full, validation),
+        yardstick=Yardstick(run.teacher, validation),
     )
     _step(bench, "full", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None))
     for stage, name in enumerate(step_names()):
@@ -104,7 +106,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
 
 def _cut(bench: Bench, stage: int, name: str) -> None:
     def make() -> tuple[dict[str, Any], PreTrainedModel]:
-        shape, trie = bench.run.plan.stages[stage], bench.run.full.trie
+        shape, trie = bench.run.plan.stages[stage], bench.run.teacher.trie
         model: PreTrainedModel
         told: StageReport
         if stage == 0:
@@ -130,7 +132,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         teacher_head=bench.head,
         states=bench.states,
         rows=bench.rows,
-        trie=run.full.trie,
+        trie=run.teacher.trie,
         validate=bench.yardstick.nll,
         directory=trainer_files,
         settings=RestoreSettings(
