@@ -6,11 +6,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from importlib.resources import files
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 
 from models.errors import LeanRecError
 from serve.limits import BodyLimit, RequestLog
@@ -59,10 +61,25 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
     install_problems(app)
     page = (files("serve") / "page.html").read_text(encoding="utf-8")
 
-    @app.post("/recommend", responses=documented(400, 413, 422, 500, 503), tags=["recommend"])
-    async def recommend(request: RecommendRequest) -> RecommendResponse:
+    @app.post(
+        "/recommend",
+        response_model=RecommendResponse,
+        responses=documented(400, 413, 422, 500, 503),
+        tags=["recommend"],
+        openapi_extra=_json_body({"$ref": "#/components/schemas/RecommendRequest"}),
+    )
+    async def recommend(request: Request) -> Response:
         """Return the k items that most probably follow the history."""
-        return await service.recommend(request)
+        # Read and written by pydantic alone: FastAPI would pass every value through Python twice.
+        try:
+            asked = RecommendRequest.model_validate_json(await _read_json(request))
+        except ValidationError as error:
+            raise RequestValidationError(_located(error)) from error
+        try:
+            answer = await service.recommend(asked)
+        except LeanRecError as error:
+            raise ServiceProblem(422, str(error)) from error
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     @app.get("/catalog", responses=documented(422, 503), tags=["catalog"])
     async def read_catalog(
@@ -83,13 +100,14 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
         """Serve another catalogue with the same model, from the next batch on, until the service restarts.
 
         The body is Parquet with the columns item_id, title and, optionally, popularity, or the same as JSON
-        rows. Needs `Authorization: Bearer` with the administrator's token.
+        rows; every other column is an attribute that requests may filter by. Needs
+        `Authorization: Bearer` with the administrator's token.
         """
         _authorise(request, admin_token)
         body = await _read(request, MAX_CATALOG_BYTES)
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
-            return await service.swap_catalog(lambda: parse_catalog(body, media_type))
+            return await service.swap_catalog(lambda: parse_catalog(body, media_type), "put")
         except LeanRecError as error:
             raise ServiceProblem(422, str(error)) from error
 
@@ -135,6 +153,17 @@ def _authorise(request: Request, admin_token: str | None) -> None:
         )
 
 
+async def _read_json(request: Request) -> bytes:
+    if "json" not in request.headers.get("content-type", ""):
+        raise ServiceProblem(422, "the body must be JSON, sent with Content-Type: application/json")
+    return await request.body()
+
+
+def _located(error: ValidationError) -> list[dict[str, Any]]:
+    errors = error.errors(include_url=False, include_input=False)
+    return [{**e, "loc": ("body", *e["loc"])} for e in errors]
+
+
 async def _read(request: Request, limit: int) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
@@ -142,6 +171,10 @@ async def _read(request: Request, limit: int) -> bytes:
         if len(body) > limit:
             raise ServiceProblem(413, f"the body is larger than {limit} bytes", {"Connection": "close"})
     return bytes(body)
+
+
+def _json_body(schema: dict[str, object]) -> dict[str, object]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 def _catalog_body() -> dict[str, object]:

@@ -66,13 +66,16 @@ class Batcher:
         self._arrived = asyncio.Event()
         self._seconds_per_request = 0.05
 
-    async def answer(self, search: SearchRequest, shelf: Shelf) -> Answered:
+    async def answer(self, search: SearchRequest, shelf: Shelf, admitted: bool = False) -> Answered:
         """Wait in the queue and return the answer.
+
+        Args:
+            admitted: The service's own request: never turned away.
 
         Raises:
             ServiceProblem: 503 when the queue is full, 500 when the engine fails on this request.
         """
-        if len(self._queue) >= self._limits.waiting:
+        if len(self._queue) >= self._limits.waiting and not admitted:
             seconds = max(1, math.ceil(len(self._queue) * self._seconds_per_request))
             raise unavailable(
                 f"{len(self._queue)} requests are waiting, which is the limit; try again", seconds

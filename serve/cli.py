@@ -39,6 +39,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--admin-token-file", type=Path, metavar="FILE", help="file with the token of PUT /catalog"
     )
+    parser.add_argument(
+        "--catalog",
+        type=Path,
+        metavar="FILE",
+        help="serve this catalogue (item_id, title, popularity and attributes, as Parquet) in place of the "
+        "recommender's own",
+    )
+    parser.add_argument(
+        "--reload-catalog", action="store_true", help="serve the --catalog FILE anew whenever it changes"
+    )
     return parser
 
 
@@ -47,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     options, vllm_arguments = make_parser().parse_known_args(argv)
     if not 0 <= options.port <= 65_535:
         raise UsageError(f"--port {options.port}: is not between 0 and 65535")
+    if options.reload_catalog and options.catalog is None:
+        raise UsageError("--reload-catalog: needs --catalog FILE, the file to look after")
     token = read_token(options.admin_token_file)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
@@ -64,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return load_in_vllm(options.model, vllm_arguments)
 
-    service = Service(load)
+    service = Service(load, options.catalog, options.reload_catalog)
     logging.getLogger("serve").info("listening on http://%s:%d, loading %s", host, port, options.model)
     _run(service, create_app(service, token), listener)
     if service.failure is not None:

@@ -1,5 +1,8 @@
 """What the service tells Prometheus."""
 
+import asyncio
+import time
+
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -49,6 +52,18 @@ class Metrics:
         )
         self.waiting = Gauge("leanrec_waiting", "Requests waiting for a batch.", registry=registry)
         self.ready = Gauge("leanrec_ready", "1 when requests are answered.", registry=registry)
+        self.loop_lag = LoopLag()
+        Gauge(
+            "leanrec_event_loop_lag_seconds",
+            "Longest that the event loop was late in the last half to whole minute.",
+            registry=registry,
+        ).set_function(self.loop_lag.longest)
+        self.catalog_changes = Counter(
+            "leanrec_catalog_changes",
+            "New catalogues by where they came from (put, file) and what became of them (served, refused).",
+            ["source", "result"],
+            registry=registry,
+        )
         self.catalog = Gauge(
             "leanrec_catalog", "1 for the catalogue version served.", ["version"], registry=registry
         )
@@ -61,3 +76,28 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class LoopLag:
+    """Measures how late the event loop runs what is due: nothing on it may take long."""
+
+    STEP_S = 0.02
+    WINDOW_S = 30.0
+
+    def __init__(self) -> None:
+        self._latest = self._before = 0.0
+        self._since = time.monotonic()
+
+    def longest(self) -> float:
+        """Return the longest lag of this window and the one before, seconds."""
+        return max(self._latest, self._before)
+
+    async def watch(self) -> None:
+        """Measure until cancelled. What blocks the loop may begin up to a step before it is seen."""
+        while True:
+            due = time.monotonic() + self.STEP_S
+            await asyncio.sleep(self.STEP_S)
+            now = time.monotonic()
+            if now - self._since > self.WINDOW_S:
+                self._before, self._latest, self._since = self._latest, 0.0, now
+            self._latest = max(self._latest, now - due)

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from serve.schemas import Problem
+from serve.schemas import Problem, RecommendRequest
 
 MEDIA_TYPE = "application/problem+json"
 MAX_ERRORS = 20
@@ -84,10 +84,8 @@ def install_problems(app: FastAPI) -> None:
     async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         found = error.errors()
-        if any(e["type"] == "json_invalid" for e in found):
+        if found[0]["type"] == "json_invalid":
             return answer(request, 400, f"the body is not valid JSON: {found[0]['ctx']['error']}")
-        if found[0]["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
-            return answer(request, 422, "the body must be JSON, sent with Content-Type: application/json")
         # The values themselves are not told again: they may be long, and private.
         errors = [
             {"field": ".".join(map(str, e["loc"][1:])) or str(e["loc"][0]), "message": e["msg"]}
@@ -111,7 +109,10 @@ def install_problems(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = original()
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        for model in (Problem, RecommendRequest):  # what FastAPI does not see
+            schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+            schemas.update(schema.pop("$defs", {}))
+            schemas[model.__name__] = schema
         for unused in ("HTTPValidationError", "ValidationError"):
             schemas.pop(unused, None)
         return document

@@ -1,7 +1,8 @@
 """From a request to a search and from its result to an answer; no engine, no HTTP."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from models.search import SearchRequest, SearchResult
 from models.subset import Subset
 from serve.schemas import RecommendedItem, RecommendRequest
 from serve.shelf import Shelf
+
+MANY_IDS = 1000
+MANY_ITEMS = 20_000
 
 
 @dataclass(frozen=True)
@@ -24,36 +28,64 @@ class Prepared:
     unknown: list[str]
 
 
+def is_heavy(request: RecommendRequest, shelf: Shelf) -> bool:
+    """Whether to prepare this request takes so long that other requests should not wait for it."""
+    named = (request.history, request.history_titles, request.exclude, request.candidates)
+    if sum(len(ids or ()) for ids in named) > MANY_IDS:
+        return True
+    makes_subset = request.candidates or (request.filters and shelf.filters.kept(request.filters) is None)
+    return bool(makes_subset) and len(shelf.catalog) > MANY_ITEMS
+
+
 def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Prepared:
     """Look up the request's items and make its prompt.
 
     Args:
         longest_prompt: Most prompt tokens the engine takes; older titles are dropped until it fits.
+
+    Raises:
+        LeanRecError: a filter that the catalogue cannot answer.
     """
     row_of = shelf.catalog.row_of
     if request.history is not None:
-        names: Sequence[str] = request.history
-        found = [row_of.get(name) for name in names]
+        history, unknown = _found(request.history, request.history, row_of)
     else:
-        names = request.history_titles or []
-        found = [shelf.catalog.row_of_title.get(normal_title(name)) for name in names]
-    history = [row for row in found if row is not None]
-    unknown = [name for name, row in zip(names, found, strict=True) if row is None]
-    excluded = {row_of[name] for name in request.exclude if name in row_of}
+        titles = request.history_titles or []
+        history, unknown = _found(titles, map(normal_title, titles), shelf.catalog.row_of_title)
+    excluded = set(_found(request.exclude, request.exclude, row_of)[0])
     if request.exclude_history:
         excluded.update(history)
-    subset = None
+    subset = shelf.filters.subset(request.filters, shelf.trie) if request.filters else None
     if request.candidates is not None:
-        known = [row_of[name] for name in request.candidates if name in row_of]
+        candidates, strange = _found(request.candidates, request.candidates, row_of)
+        unknown += strange
         rows = np.zeros(len(shelf.catalog), bool)
-        rows[known] = True
-        subset = Subset.of(shelf.trie, rows)
-        unknown += [name for name in request.candidates if name not in row_of]
+        rows[candidates] = True
+        subset = Subset.of(shelf.trie, rows if subset is None else rows & subset.rows)
+    if len(excluded) > MANY_IDS:
+        rows = np.ones(len(shelf.catalog), bool) if subset is None else subset.rows.copy()
+        rows[list(excluded)] = False
+        subset, excluded = Subset.of(shelf.trie, rows), set()
     search = None
     if history:
-        prompt = _prompt(history, shelf, longest_prompt)
-        search = SearchRequest(prompt=prompt, k=request.k, excluded=frozenset(excluded), subset=subset)
+        search = SearchRequest(
+            prompt=_prompt(history, shelf, longest_prompt),
+            k=request.k,
+            excluded=frozenset(excluded),
+            subset=subset,
+        )
     return Prepared(search, request.k, frozenset(excluded), subset, list(dict.fromkeys(unknown)))
+
+
+def _found(
+    names: Sequence[str], keys: Iterable[str], row_of: Mapping[str, int]
+) -> tuple[list[int], list[str]]:
+    """Return the rows of the names that are known, and the names that are not."""
+    rows = list(map(row_of.get, keys))
+    if None not in rows:
+        return cast(list[int], rows), []
+    unknown = [name for name, row in zip(names, rows, strict=True) if row is None]
+    return [row for row in rows if row is not None], unknown
 
 
 def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:
@@ -75,10 +107,22 @@ def cold_start(prepared: Prepared, shelf: Shelf) -> SearchResult:
     return SearchResult(rows=rows, scores=shelf.log_share[rows].tolist(), exact=True, expansions=0, steps=0)
 
 
-def recommended_items(result: SearchResult, shelf: Shelf) -> list[RecommendedItem]:
+def recommended_items(prepared: Prepared, result: SearchResult, shelf: Shelf) -> list[RecommendedItem]:
     """Return the answer's items."""
-    catalog = shelf.catalog
+    catalog, trie = shelf.catalog, shelf.trie
+    probabilities = np.exp(result.scores)
+    if prepared.search is not None:  # a title's probability; a cold start's is the item's own
+        leaves = trie.leaf_of_item[result.rows]
+        probabilities /= trie.leaf_item_offsets[leaves + 1] - trie.leaf_item_offsets[leaves]
     return [
-        RecommendedItem(rank=rank, item_id=catalog.item_ids[row], title=catalog.titles[row], score=score)
-        for rank, (row, score) in enumerate(zip(result.rows, result.scores, strict=True), start=1)
+        RecommendedItem(
+            rank=rank,
+            item_id=catalog.item_ids[row],
+            title=catalog.titles[row],
+            score=score,
+            probability=probability,
+        )
+        for rank, (row, score, probability) in enumerate(
+            zip(result.rows, result.scores, probabilities.tolist(), strict=True), start=1
+        )
     ]

@@ -2,14 +2,63 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 MAX_HISTORY = 10_000
+MAX_CANDIDATES = 100_000
 MAX_K = 100
+MAX_FILTERS = 32
+MAX_FILTER_VALUES = 1000
 MAX_CATALOG_ITEMS = 2_000_000
 
 ItemId = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Title = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+AttributeKind = Literal["text", "integer", "number", "boolean", "texts"]
+Number = Annotated[int, Field(ge=-(2**63), lt=2**63)] | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class AttributeRange(BaseModel):
+    """A range of an attribute's values, both ends included."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    min: Number | None = None
+    max: Number | None = None
+
+    @model_validator(mode="after")
+    def _some_range(self) -> "AttributeRange":
+        if self.min is None and self.max is None:
+            raise ValueError("give min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError("min is above max")
+        return self
+
+
+AttributeValues = Annotated[
+    list[Annotated[str, StringConstraints(max_length=1024)] | bool | Number],
+    Field(min_length=1, max_length=MAX_FILTER_VALUES),
+]
+
+
+def _condition_kind(value: object) -> str:
+    return "values" if isinstance(value, list) else "range"
+
+
+# Told apart by their JSON type, so that an error speaks of the one that was meant.
+AttributeCondition = Annotated[
+    Annotated[AttributeValues, Tag("values")] | Annotated[AttributeRange, Tag("range")],
+    Discriminator(_condition_kind),
+]
 
 
 class RecommendRequest(BaseModel):
@@ -18,6 +67,7 @@ class RecommendRequest(BaseModel):
     model_config = ConfigDict(
         strict=True,
         extra="forbid",
+        cache_strings="keys",  # the cache of values made long lists of ids three times slower to read
         json_schema_extra={"examples": [{"history": ["50", "181"], "k": 10}]},
     )
 
@@ -39,8 +89,15 @@ class RecommendRequest(BaseModel):
     candidates: list[ItemId] | None = Field(
         None,
         min_length=1,
-        max_length=MAX_HISTORY,
+        max_length=MAX_CANDIDATES,
         description="The only item ids that may be recommended; unknown ones are told in `unknown_items`.",
+    )
+    filters: dict[Annotated[str, StringConstraints(max_length=256)], AttributeCondition] | None = Field(
+        None,
+        max_length=MAX_FILTERS,
+        description="Conditions on attributes of the catalogue, all of which an item must meet: a list of "
+        "values, one of which it must have, or a range of numbers, as "
+        '`{"category": ["A", "B"], "year": {"min": 1990, "max": 1999}}`. GET /model tells the attributes.',
     )
     user_id: str | None = Field(
         None, max_length=256, description="Accepted for the caller's own use; not read."
@@ -62,6 +119,10 @@ class RecommendedItem(BaseModel):
     score: float = Field(
         description="Natural logarithm of the title's probability, renormalised over the catalogue; in a "
         "cold start, of the item's share of the training interactions (one added to every count)."
+    )
+    probability: float = Field(
+        description="That this item comes next: exp(score), shared equally among the items of one title. "
+        "Over the catalogue it adds up to 1, whatever was left out."
     )
 
 
@@ -116,6 +177,10 @@ class ModelInfo(BaseModel):
     engine: Literal["worker", "pooling", "transformers"]
     max_history: int
     catalog_version: str
+    attributes: dict[str, AttributeKind] = Field(
+        description="What `filters` may name: the catalogue's attributes and their types; `texts` is a list "
+        "of texts, any of which may match."
+    )
     vllm: str | None
     leanrec: str
 
@@ -135,9 +200,10 @@ class CatalogPage(BaseModel):
 
 
 class CatalogRow(BaseModel):
-    """One item of a new catalogue."""
+    """One item of a new catalogue. Every further key is an attribute."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow", cache_strings="keys")
+    __pydantic_extra__: dict[str, str | bool | Number | list[str] | None]
 
     item_id: ItemId
     title: Title

@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Literal
 
-from models.catalog import Catalog
+from models.catalog import Catalog, read_catalog
 from models.checkpoint import Recommender
 from models.engine import Engine
 from models.errors import LeanRecError
@@ -19,7 +21,7 @@ from models.search import SearchRequest, SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
 from serve.metrics import STAGES, Metrics
 from serve.problems import ServiceProblem, unavailable
-from serve.recommend import Prepared, cold_start, prepare, recommended_items
+from serve.recommend import Prepared, cold_start, is_heavy, prepare, recommended_items
 from serve.schemas import (
     CatalogSummary,
     ModelInfo,
@@ -31,6 +33,7 @@ from serve.schemas import (
 )
 from serve.shelf import Shelf
 from serve.warmup import warm_up
+from serve.watch import Signature, changes, signature
 
 STARTING_RETRY_S = 5
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -57,16 +60,27 @@ class Loaded:
 class Service:
     """Loads, warms up, answers, drains. Everything but the engine's own work happens on the event loop."""
 
-    def __init__(self, load: Callable[[], Loaded]) -> None:
+    def __init__(
+        self, load: Callable[[], Loaded], catalog_file: Path | None = None, reload_catalog: bool = False
+    ) -> None:
+        """Args:
+        catalog_file: Served in place of the recommender's own catalogue.
+        reload_catalog: Serve the file anew whenever it changes.
+        """
         self.metrics = Metrics()
         self.state: Literal["starting", "warming", "ready", "draining", "failed"] = "starting"
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self._load = load
+        self._catalog_file = catalog_file
+        self._reload_catalog = reload_catalog
         # One thread for all of the engine's life: the loop is never blocked, the engine never shared.
         self._thread = ThreadPoolExecutor(1, "engine")
         self._tasks: list[asyncio.Task[None]] = []
         self._swapping = asyncio.Lock()
+        # Not set while the engine takes another catalogue: what comes then is resolved against the new one.
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._loaded: Loaded | None = None
         self._shelf: Shelf | None = None
         self._batcher: Batcher | None = None
@@ -88,6 +102,7 @@ class Service:
 
     def start(self) -> None:
         """Begin to load; returns at once."""
+        self._tasks.append(asyncio.create_task(self.metrics.loop_lag.watch()))
         self._tasks.append(asyncio.create_task(self._start()))
 
     def drain(self) -> None:
@@ -110,10 +125,10 @@ class Service:
 
         Raises:
             ServiceProblem: not ready, too many waiting, or the engine failed.
+            LeanRecError: a filter that the catalogue cannot answer.
         """
         begun = time.perf_counter()
-        loaded, batcher, shelf = self._serving()
-        prepared = prepare(request, shelf, loaded.max_length - shelf.deepest)
+        loaded, batcher, shelf, prepared = await self._prepared(request)
         if prepared.search is None:
             answered = Answered(cold_start(prepared, shelf), 0.0, 0.0, 0.0)
         else:
@@ -126,7 +141,7 @@ class Service:
         )
         self._count(prepared, answered.result, timings)
         return RecommendResponse(
-            items=recommended_items(answered.result, shelf),
+            items=recommended_items(prepared, answered.result, shelf),
             exact=answered.result.exact,
             cold_start=prepared.search is None,
             unknown_items=prepared.unknown,
@@ -135,27 +150,54 @@ class Service:
             timings_ms=timings,
         )
 
-    async def swap_catalog(self, parse: Callable[[], Catalog]) -> CatalogSummary:
+    async def swap_catalog(
+        self, parse: Callable[[], Catalog], source: Literal["put", "file"]
+    ) -> CatalogSummary:
         """Serve another catalogue. Requests that came before are still answered from the old one.
 
         Raises:
             LeanRecError: the new catalogue is not valid; the old one stays.
-            ServiceProblem: 503 when not ready.
+            ServiceProblem: 503 when not ready, 500 when the engine cannot take it; the old one stays.
         """
         async with self._swapping:
             loaded, batcher, _ = self._serving()
-            shelf = await asyncio.to_thread(_make_shelf, loaded, parse)
-            # A first search through the queue: the engine takes the trie between two batches.
-            probe = SearchRequest(prompt=shelf.prompter.encode(shelf.popular[:1].tolist()))
-            await batcher.answer(probe, shelf)
-            self._shelf = shelf
-            self.metrics.serve_catalog(shelf.version)
+            try:
+                shelf = await asyncio.to_thread(_make_shelf, loaded, parse)
+                await self._adopt(batcher, shelf)
+            except Exception:
+                self.metrics.catalog_changes.labels(source, "refused").inc()
+                raise
+            self.metrics.catalog_changes.labels(source, "served").inc()
             logger.info("catalogue %s with %d items is served", shelf.version, len(shelf.catalog))
             return CatalogSummary(
                 catalog_version=shelf.version,
                 items=len(shelf.catalog),
                 distinct_titles=shelf.trie.num_leaves,
             )
+
+    async def _adopt(self, batcher: Batcher, shelf: Shelf) -> None:
+        """Make the engine take a catalogue between two batches, and serve it from then on."""
+        self._settled.clear()
+        try:
+            # A first search through the queue, behind all that waits for the old catalogue.
+            probe = SearchRequest(prompt=shelf.prompter.encode(shelf.popular[:1].tolist()))
+            await batcher.answer(probe, shelf, admitted=True)
+            self._shelf = shelf
+            self.metrics.serve_catalog(shelf.version)
+        finally:
+            self._settled.set()
+
+    async def _prepared(self, request: RecommendRequest) -> tuple[Loaded, Batcher, Shelf, Prepared]:
+        while True:
+            await self._settled.wait()
+            loaded, batcher, shelf = self._serving()
+            longest = loaded.max_length - shelf.deepest
+            if not is_heavy(request, shelf):
+                return loaded, batcher, shelf, prepare(request, shelf, longest)
+            prepared = await asyncio.to_thread(prepare, request, shelf, longest)
+            if shelf is self._shelf and self._settled.is_set():
+                return loaded, batcher, shelf, prepared
+            # Another catalogue came meanwhile; the engine is not to go back to the old one.
 
     def model_info(self) -> ModelInfo:
         """Return what is served.
@@ -183,6 +225,7 @@ class Service:
             engine=loaded.kind,
             max_history=loaded.recommender.prompt.max_history,
             catalog_version=self.shelf.version,
+            attributes=self.shelf.filters.kinds,
             vllm=loaded.vllm,
             leanrec=version("leanrec"),
         )
@@ -196,13 +239,18 @@ class Service:
                 self.state = "warming"
             shelf = await asyncio.to_thread(_warm_shelf, loaded.recommender)
             await loop.run_in_executor(self._thread, _warm_engine, loaded)
+            batcher = Batcher(loaded.engine, shelf, self._thread, loaded.limits, self.metrics)
+            self._tasks.append(asyncio.create_task(batcher.run()))
+            file = self._catalog_file
+            known = signature(file) if file else None
+            if file:
+                shelf = await asyncio.to_thread(_make_shelf, loaded, partial(read_catalog, file))
+                await self._adopt(batcher, shelf)
         except Exception as error:
             self.failure, self.state = error, "failed"
             self.on_failure()
             return
-        self._loaded, self._shelf = loaded, shelf
-        self._batcher = Batcher(loaded.engine, shelf, self._thread, loaded.limits, self.metrics)
-        self._tasks.append(asyncio.create_task(self._batcher.run()))
+        self._loaded, self._shelf, self._batcher = loaded, shelf, batcher
         self.metrics.serve_catalog(shelf.version)
         if self.state == "warming":
             self.state = "ready"
@@ -214,6 +262,18 @@ class Service:
                 len(shelf.catalog),
                 loaded.kind,
             )
+        if file and self._reload_catalog:
+            self._tasks.append(asyncio.create_task(self._follow(file, known)))
+
+    async def _follow(self, file: Path, known: Signature) -> None:
+        """Serve the file anew whenever it changes; a bad one leaves what is served."""
+        async for _ in changes(file, known):
+            try:
+                await self.swap_catalog(partial(read_catalog, file), "file")
+            except (LeanRecError, ServiceProblem) as error:
+                logger.error("%s changed, but the old catalogue stays: %s", file, error)
+            except Exception as error:
+                logger.error("%s changed, but the old catalogue stays", file, exc_info=error)
 
     def _serving(self) -> tuple[Loaded, Batcher, Shelf]:
         if self._loaded is None or self._batcher is None or self._shelf is None:

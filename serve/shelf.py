@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
-from models.catalog import Catalog, make_catalog
+from models.catalog import COLUMNS, Catalog, make_catalog
 from models.errors import LeanRecError
+from serve.filters import Filters
 from serve.schemas import MAX_CATALOG_ITEMS, CatalogItem, CatalogPage, CatalogRow
 
 if TYPE_CHECKING:
@@ -47,15 +48,27 @@ class Shelf:
         """Derive now what requests will need, so that none of them waits for it."""
         _ = self.version, self.deepest, self.popular, self.log_share, self._folded_titles
         _ = self.catalog.row_of, self.catalog.row_of_title, self.prompter.title_tokens
+        _ = self.filters, self.trie.leaf_of_item
 
     @cached_property
     def version(self) -> str:
-        """Hash of ids, titles and popularity, 12 hexadecimal digits."""
+        """Hash of ids, titles, popularity and attributes, 12 hexadecimal digits."""
         digest = hashlib.sha256()
         for item_id, title in zip(self.catalog.item_ids, self.catalog.titles, strict=True):
             digest.update(f"{len(item_id)} {item_id} {title}\n".encode())
         digest.update(self.catalog.popularity.astype("<i8").tobytes())
+        if self.catalog.attributes:
+            columns = pa.table(dict(sorted(self.catalog.attributes.items()))).combine_chunks()
+            with pa.BufferOutputStream() as stream:
+                with pa.ipc.new_stream(stream, columns.schema) as writer:
+                    writer.write_table(columns)
+                digest.update(stream.getvalue())
         return digest.hexdigest()[:12]
+
+    @cached_property
+    def filters(self) -> Filters:
+        """What requests may filter by."""
+        return Filters(self.catalog)
 
     @cached_property
     def deepest(self) -> int:
@@ -109,12 +122,12 @@ def parse_catalog(body: bytes, media_type: str) -> Catalog:
             raise LeanRecError(f"catalogue: {where + ': ' if where else ''}{first['msg']}") from error
         _check_size(len(rows))
         counts = np.array([row.popularity for row in rows], np.int64)
-        return make_catalog([r.item_id for r in rows], [r.title for r in rows], counts, "catalogue")
+        item_ids, titles = [row.item_id for row in rows], [row.title for row in rows]
+        return make_catalog(item_ids, titles, counts, "catalogue", _attributes(rows))
     try:
         with pq.ParquetFile(io.BytesIO(body)) as file:
             _check_size(file.metadata.num_rows)  # before a small file unpacks to a large table
-            known = {"item_id", "title", "popularity"}.intersection(file.schema_arrow.names)
-            table = file.read(columns=sorted(known))
+            table = file.read()
         if missing := {"item_id", "title"} - set(table.column_names):
             raise LeanRecError(f"catalogue: lacks the column {', '.join(sorted(missing))}")
         counts = np.zeros(len(table), np.int64)
@@ -128,7 +141,22 @@ def parse_catalog(body: bytes, media_type: str) -> Catalog:
         ) from error
     if None in item_ids or (counts < 0).any():
         raise LeanRecError("catalogue: every row needs an item_id, and popularity cannot be negative")
-    return make_catalog(item_ids, titles, counts, "catalogue")
+    attributes = {name: table[name] for name in table.column_names if name not in COLUMNS}
+    return make_catalog(item_ids, titles, counts, "catalogue", attributes)
+
+
+def _attributes(rows: list[CatalogRow]) -> dict[str, pa.ChunkedArray]:
+    """Return what rows of JSON hold besides, as columns; a row may leave out what it does not know."""
+    names = dict.fromkeys(name for row in rows for name in row.model_extra or {})
+    columns = {}
+    for name in names:
+        try:
+            columns[name] = pa.chunked_array([pa.array([(row.model_extra or {}).get(name) for row in rows])])
+        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            raise LeanRecError(
+                f"catalogue: the attribute {name} mixes types ({str(error).splitlines()[0]})"
+            ) from error
+    return columns
 
 
 def _check_size(items: int) -> None:

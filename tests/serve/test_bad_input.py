@@ -5,7 +5,7 @@ import json
 import httpx
 import pytest
 
-from serve.limits import MAX_BODY_BYTES, MAX_DEPTH, nesting_depth
+from serve.limits import MAX_BODY_BYTES
 
 JSON = {"content-type": "application/json"}
 
@@ -29,7 +29,7 @@ def problem(response: httpx.Response, status: int) -> str:
         b"\xff\xfe",
         b'{"history": ["\xc3("]}',
         b"[" * 100_000,
-        b'{"history":' + b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1) + b"}",
+        b'{"history":' + b"[" * 300 + b"]" * 300 + b"}",
         b'{"k": ' + b"9" * 5000 + b', "history": []}',
     ],
     ids=["empty", "cut", "broken", "not-utf8", "bad-utf8", "deep-open", "deep", "huge-number"],
@@ -41,23 +41,14 @@ def test_malformed(client: httpx.Client, body: bytes) -> None:
 
 
 def test_deep_nesting_is_named(client: httpx.Client) -> None:
-    text = b'{"history":' + b"[" * 50 + b"]" * 50 + b"}"
-    assert "nested deeper" in problem(client.post("/recommend", content=text, headers=JSON), 400)
+    text = b'{"history":' + b"[" * 300 + b"]" * 300 + b"}"
+    assert "recursion" in problem(client.post("/recommend", content=text, headers=JSON), 400)
 
 
 def test_brackets_in_titles_are_no_nesting(client: httpx.Client) -> None:
     answer = client.post("/recommend", json={"history_titles": ['[{"' * 30, "[REC] (2007)"]})
     assert answer.status_code == 200
     assert answer.json()["cold_start"] is True
-
-
-@pytest.mark.parametrize(
-    ("text", "depth"), [("[[1], {}]" + " " * 9, 2), ('["[[[", "\\"]["]', 1), ("[]]]", 1)]
-)
-def test_nesting_depth(text: str, depth: int) -> None:
-    many = b"[" + b"[]," * MAX_DEPTH + b"[]]"  # enough brackets to be counted at all
-    assert nesting_depth(many) == 2
-    assert nesting_depth(b"[" + many + b"," + text.encode() + b"]") == max(3, depth + 1)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +83,7 @@ def test_wrong_types_and_values_are_named(client: httpx.Client, body: object, fi
 
 
 def test_lone_surrogates(client: httpx.Client) -> None:
-    problem(client.post("/recommend", content=rb'{"history": ["\ud800"]}', headers=JSON), 422)
+    problem(client.post("/recommend", content=rb'{"history": ["\ud800"]}', headers=JSON), 400)
 
 
 def test_values_are_not_told_again(client: httpx.Client) -> None:
