@@ -10,6 +10,7 @@ from models.engine import Timings
 from models.search import SearchRequest, SearchResult, SearchSettings
 from models.trie import Trie
 from models.vllm_model import (
+    checkpoint_tensors,
     close_llm,
     kv_cache_bytes,
     load_llm,
@@ -58,6 +59,7 @@ def open_engine(
         # A GPU is bound by the number of forwards, a CPU by their tokens.
         settings=settings or (SearchSettings() if on_cpu else SearchSettings(width=32, subtree=8)),
         forward_tokens=CPU_FORWARD_TOKENS if on_cpu else config.scheduler_config.max_num_batched_tokens,
+        tensors=checkpoint_tensors(recommender),
     )
     if kind == "pooling":
         return PoolingEngine(llm, setup)

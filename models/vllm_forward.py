@@ -1,12 +1,21 @@
 """One forward of vLLM's model over sequences that we lay out in its KV cache ourselves."""
 
 import itertools
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from models import vllm_fused
+from models.vllm_fused import FusedModel
+
+LARGEST_ERROR = 0.1
+"""Share of a hidden state by which fused layers may differ: bf16 rounding makes about 0.01, a mistake 1."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,8 @@ class PagedForward:
         self.max_length: int = self._config.model_config.max_model_len
         self.max_tokens = max_tokens
         self._max_queries: int = self._config.scheduler_config.max_num_seqs
+        self.fused: FusedModel | None = None
+        """What runs in place of vLLM's own layers, if anything does"""
 
     def fits(self, queries: int, tokens: int) -> bool:
         """Whether so much goes into one forward."""
@@ -82,54 +93,29 @@ class PagedForward:
 
         A query may read blocks that another query of the same call fills.
         """
-        lengths = np.fromiter((len(q.tokens) for q in queries), np.int32, len(queries))
-        starts = np.fromiter((q.start for q in queries), np.int32, len(queries))
-        ends = np.cumsum(lengths, dtype=np.int32)
-        owners = np.repeat(np.arange(len(queries)), lengths)
-        positions = np.arange(ends[-1]) - (ends - lengths - starts)[owners]
-        num_blocks = np.fromiter((len(q.blocks) for q in queries), np.int32, len(queries))
-        flat = itertools.chain.from_iterable(q.blocks for q in queries)
-        table = np.zeros((len(queries), num_blocks.max()), np.int32)
-        table[np.arange(table.shape[1]) < num_blocks[:, None]] = np.fromiter(flat, np.int32, num_blocks.sum())
-        blocks = table[owners, positions // self.block_size].astype(np.int64)
-        slots = self._tensor(blocks * self.block_size + positions % self.block_size)
-        places = self._tensor(positions.astype(np.int64))
-        boundaries = torch.from_numpy(np.concatenate([np.zeros(1, np.int32), ends]))
-        totals = torch.from_numpy(starts + lengths)
-        metadata = self._group.build_metadata(
-            self._common_metadata(
-                query_start_loc=boundaries.to(self.device),
-                query_start_loc_cpu=boundaries,
-                seq_lens=totals.to(self.device),
-                seq_lens_cpu_upper_bound=totals,
-                num_reqs=len(queries),
-                num_actual_tokens=int(ends[-1]),
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(totals.max()),
-                block_table_tensor=self._tensor(table),
-                slot_mapping=slots,
-                positions=places,
-                causal=True,
-            )
-        )
+        layout = _layout(queries, self.block_size)
+        tokens, positions = self._tensor(layout.tokens), self._tensor(layout.positions)
+        rows = self._tensor(layout.wanted)
+        metadata = self._metadata(layout.lengths, layout.totals, layout.table, layout.slots, positions)
+        if self.fused is not None:
+            # Each wanted row as a query of its own: the last layer computes no other.
+            owners = layout.owners[layout.wanted]
+            ends = (layout.positions[layout.wanted] + 1).astype(np.int32)
+            ones = np.ones(len(ends), np.int32)
+            slots, table = layout.slots[layout.wanted], layout.table[owners]
+            lone = self._metadata(ones, ends, table, slots, positions[rows]) if len(ends) else None
+            return self.fused(tokens, positions, metadata, rows, lone)
         layers = self._group.layer_names
         with self._set_forward_context(
             dict.fromkeys(layers, metadata),
             self._config,
-            num_tokens=int(ends[-1]),
-            slot_mapping=dict.fromkeys(layers, slots),
+            num_tokens=len(layout.tokens),
+            slot_mapping=dict.fromkeys(layers, metadata.slot_mapping),
         ):
             hidden = self._model(
-                input_ids=self._tensor(np.concatenate([q.tokens for q in queries])),
-                positions=places,
-                intermediate_tensors=None,
-                inputs_embeds=None,
+                input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
-        first = (ends - lengths).tolist()
-        rows = [
-            begin + offset for begin, query in zip(first, queries, strict=True) for offset in query.wanted
-        ]
-        return hidden[self._tensor(np.array(rows, np.int64))]
+        return hidden[rows]
 
     def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
         """Copy whole KV blocks in every layer."""
@@ -140,5 +126,112 @@ class PagedForward:
         for cache in self._caches:
             cache[target] = cache[source]
 
+    def _metadata(
+        self,
+        lengths: np.ndarray,
+        totals: np.ndarray,
+        table: np.ndarray,
+        slots: np.ndarray,
+        positions: torch.Tensor,
+    ) -> Any:
+        """Return vLLM's attention metadata for queries of `lengths` tokens that end at `totals`."""
+        boundaries = torch.from_numpy(
+            np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
+        )
+        ends = torch.from_numpy(totals)
+        return self._group.build_metadata(
+            self._common_metadata(
+                query_start_loc=boundaries.to(self.device),
+                query_start_loc_cpu=boundaries,
+                seq_lens=ends.to(self.device),
+                seq_lens_cpu_upper_bound=ends,
+                num_reqs=len(lengths),
+                num_actual_tokens=len(slots),
+                max_query_len=int(lengths.max()),
+                max_seq_len=int(totals.max()),
+                block_table_tensor=self._tensor(table),
+                slot_mapping=self._tensor(slots),
+                positions=positions,
+                causal=True,
+            )
+        )
+
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def open_forward(
+    model_runner: Any, max_tokens: int, tensors: Callable[[str], torch.Tensor | None]
+) -> PagedForward:
+    """Return the forward with the fastest layers that give what vLLM's own give.
+
+    Args:
+        tensors: Reads a tensor of the checkpoint by name.
+    """
+    forward = PagedForward(model_runner, max_tokens)
+    if reason := vllm_fused.obstacle(model_runner):
+        logger.info("vLLM's own layers run: %s", reason)
+        return forward
+    with torch.inference_mode():
+        fused = FusedModel(model_runner, tensors)
+        length = min(2 * forward.block_size + 3, forward.max_length)
+        blocks = list(range(1, 2 + length // forward.block_size))
+        vocabulary = model_runner.vllm_config.model_config.get_vocab_size()
+        tokens = np.random.default_rng(0).integers(vocabulary, size=length, dtype=np.int32)
+        probe = [Query(tokens, 0, blocks, list(range(length)))]
+        expected = forward.run(probe).float()
+        forward.fused = fused
+        error = float((forward.run(probe).float() - expected).norm() / expected.norm())
+    if not error <= LARGEST_ERROR:
+        logger.warning("vLLM's own layers run: the fused ones differ by %.3f of a hidden state", error)
+        forward.fused = None
+    else:
+        fused.take_over(model_runner)
+    return forward
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Queries laid one after another."""
+
+    tokens: np.ndarray
+    """int32 `[rows]`"""
+    positions: np.ndarray
+    """int64 `[rows]`"""
+    owners: np.ndarray
+    """int64 `[rows]`: the query of each row"""
+    lengths: np.ndarray
+    """int32 `[queries]`"""
+    totals: np.ndarray
+    """int32 `[queries]`: positions up to each query's last"""
+    table: np.ndarray
+    """int32 `[queries, blocks]`"""
+    slots: np.ndarray
+    """int64 `[rows]`: where each row's keys and values go"""
+    wanted: np.ndarray
+    """int64 `[wanted]`: rows"""
+
+
+def _layout(queries: Sequence[Query], block_size: int) -> _Layout:
+    lengths = np.fromiter((len(q.tokens) for q in queries), np.int32, len(queries))
+    starts = np.fromiter((q.start for q in queries), np.int32, len(queries))
+    ends = np.cumsum(lengths)
+    owners = np.repeat(np.arange(len(queries)), lengths)
+    positions = np.arange(ends[-1]) - (ends - lengths - starts)[owners]
+    num_blocks = np.fromiter((len(q.blocks) for q in queries), np.int32, len(queries))
+    flat = itertools.chain.from_iterable(q.blocks for q in queries)
+    table = np.zeros((len(queries), num_blocks.max()), np.int32)
+    table[np.arange(table.shape[1]) < num_blocks[:, None]] = np.fromiter(flat, np.int32, num_blocks.sum())
+    blocks = table[owners, positions // block_size].astype(np.int64)
+    first = (ends - lengths).tolist()
+    wanted = [begin + offset for begin, query in zip(first, queries, strict=True) for offset in query.wanted]
+    return _Layout(
+        tokens=np.concatenate([q.tokens for q in queries]),
+        positions=positions,
+        owners=owners,
+        lengths=lengths,
+        totals=starts + lengths,
+        table=table,
+        slots=blocks * block_size + positions % block_size,
+        wanted=np.array(wanted, np.int64),
+    )

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +96,8 @@ def _needed_length(recommender: Recommender) -> int:
     return min(positions, -(-needed // 64) * 64)
 
 
-def read_head_weight(recommender: Recommender) -> torch.Tensor:
-    """Return the language-model head's weight `[vocabulary, hidden]`, in the checkpoint's own precision.
-
-    Raises:
-        LeanRecError: the checkpoint has none.
-    """
+def checkpoint_tensors(recommender: Recommender) -> Callable[[str], torch.Tensor | None]:
+    """Return what reads a tensor of the checkpoint by name, in its own precision; None if it has none."""
     from safetensors import safe_open
 
     directory = recommender.directory
@@ -110,11 +106,27 @@ def read_head_weight(recommender: Recommender) -> torch.Tensor:
         files = json.loads(index.read_text())["weight_map"]
     else:
         files = dict.fromkeys(read_safetensors_header(directory / "model.safetensors"), "model.safetensors")
+
+    def read(name: str) -> torch.Tensor | None:
+        if name not in files:
+            return None
+        with safe_open(directory / Path(files[name]).name, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return read
+
+
+def read_head_weight(recommender: Recommender) -> torch.Tensor:
+    """Return the language-model head's weight `[vocabulary, hidden]`, in the checkpoint's own precision.
+
+    Raises:
+        LeanRecError: the checkpoint has none.
+    """
     name = "model.embed_tokens.weight" if recommender.config.tie_word_embeddings else "lm_head.weight"
-    if name not in files:
-        raise LeanRecError(f"{directory}: the weights hold no {name}")
-    with safe_open(directory / Path(files[name]).name, framework="pt") as file:
-        return file.get_tensor(name)
+    weight = checkpoint_tensors(recommender)(name)
+    if weight is None:
+        raise LeanRecError(f"{recommender.directory}: the weights hold no {name}")
+    return weight
 
 
 def max_length(llm: Any) -> int:

@@ -6,9 +6,8 @@ whole pool of the engine, so an engine searched this way must be given no ordina
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +31,8 @@ class SearchSetup:
     settings: SearchSettings
     forward_tokens: int
     """Most tokens in one forward: what fits the CPU's caches, or fills the GPU"""
+    tensors: Callable[[str], torch.Tensor | None]
+    """Reads a tensor of the checkpoint by name"""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class _Sequence:
 class WorkerSearch:
     """The search over one vLLM model runner."""
 
-    def __init__(self, model_runner: Any, setup: SearchSetup, pool: BlockPool | None = None) -> None:
-        self._forward = PagedForward(model_runner, setup.forward_tokens)
-        self.pool = pool or BlockPool(self._forward.num_blocks, self._forward.block_size)
+    def __init__(self, forward: PagedForward, pool: BlockPool, setup: SearchSetup) -> None:
+        self._forward = forward
+        self.pool = pool
         self._setup = setup
         self._tree = _Tree(setup.trie)
         self._head = ChildHead(setup.head_weight.to(self._forward.device), setup.trie)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+from models.kv_blocks import BlockPool
 from models.search import SearchRequest
-from models.vllm_forward import obstacle
+from models.vllm_forward import PagedForward, obstacle, open_forward
 from models.vllm_search import SearchOutcome, SearchSetup, WorkerSearch
 
 
@@ -15,6 +16,8 @@ class TrieSearchExtension:
     """
 
     model_runner: Any
+    _trie_forward: PagedForward
+    _trie_pool: BlockPool
     _trie_search: WorkerSearch
 
     def trie_search_obstacle(self) -> str | None:
@@ -23,8 +26,10 @@ class TrieSearchExtension:
 
     def trie_search_setup(self, setup: SearchSetup) -> None:
         """Take a catalogue's trie and the head; prefixes cached for an earlier catalogue stay valid."""
-        earlier = self._trie_search.pool if hasattr(self, "_trie_search") else None
-        self._trie_search = WorkerSearch(self.model_runner, setup, earlier)
+        if not hasattr(self, "_trie_search"):
+            self._trie_forward = open_forward(self.model_runner, setup.forward_tokens, setup.tensors)
+            self._trie_pool = BlockPool(self._trie_forward.num_blocks, self._trie_forward.block_size)
+        self._trie_search = WorkerSearch(self._trie_forward, self._trie_pool, setup)
 
     def trie_search_run(self, requests: Sequence[SearchRequest]) -> SearchOutcome:
         """Answer a batch."""

@@ -1,0 +1,97 @@
+"""The fused layers: what each family's own layers give, and no trace of the batch in any answer."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models import vllm_forward, vllm_fused
+from models.checkpoint import load_model, read_recommender
+from models.search import SearchRequest
+from models.transformers_engine import TransformersEngine
+from models.vllm_engine import WorkerEngine, open_engine
+from tests.tiny import FAMILIES, make_tiny_recommender, write_tiny_data
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm]
+
+KV_BYTES = 64 * 2**20
+
+
+def forward_of(engine: WorkerEngine) -> vllm_forward.PagedForward:
+    core = engine.llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker._trie_forward
+
+
+def open_tiny(folder: Path, family: str, dtype: str) -> tuple[WorkerEngine, Any, list[SearchRequest]]:
+    data = write_tiny_data(folder / "data", items=150)
+    make_tiny_recommender(folder / "tiny", family, data=data, max_history=12, num_layers=3)
+    recommender = read_recommender(folder / "tiny")
+    engine = open_engine(recommender, arguments={"dtype": dtype, "kv_cache_memory_bytes": KV_BYTES})
+    assert isinstance(engine, WorkerEngine)
+    rng = np.random.default_rng(1)
+    histories = [rng.integers(0, 150, length).tolist() for length in rng.integers(0, 30, 24)]
+    requests = [SearchRequest(prompt=recommender.prompter.encode(history)) for history in histories]
+    return engine, recommender, requests
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path) -> None:
+    engine, recommender, requests = open_tiny(tmp_path, family, "float32")
+    try:
+        assert forward_of(engine).fused is not None
+        expected = TransformersEngine(load_model(recommender), recommender.trie).recommend(requests)
+        for found, wanted in zip(engine.recommend(requests), expected, strict=True):
+            assert found.rows == wanted.rows
+            assert found.scores == pytest.approx(wanted.scores, abs=1e-3)
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerEngine, list[SearchRequest]]]:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("this CPU has no bf16 products")
+    engine, _, requests = open_tiny(tmp_path_factory.mktemp("bf16"), "llama", "bfloat16")
+    yield engine, requests
+    engine.close()
+
+
+def test_the_batch_leaves_no_trace(in_bf16: tuple[WorkerEngine, list[SearchRequest]]) -> None:
+    engine, requests = in_bf16
+    pool = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._trie_pool
+    alone = []
+    for request in requests:
+        pool.forget()
+        alone += engine.recommend([request])
+    pool.forget()
+    in_one, from_cache = engine.recommend(requests), engine.recommend(requests[::-1])[::-1]
+    for found in (in_one, from_cache):
+        assert [result.rows for result in found] == [result.rows for result in alone]
+        for one, other in zip(found, alone, strict=True):
+            # Hidden states are equal to the bit; the fp32 head sums in an order of its own.
+            assert one.scores == pytest.approx(other.scores, abs=2e-6)
+
+
+def test_layers_that_differ_are_not_used(
+    in_bf16: tuple[WorkerEngine, list[SearchRequest]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    real = vllm_fused._linear_onto
+    monkeypatch.setattr(
+        vllm_fused,
+        "_linear_onto",
+        lambda *given: real(*given[:4], "add"),  # gate + up for gate * up
+    )
+    in_bf16[0].close()
+    with caplog.at_level(logging.WARNING):
+        engine, _, requests = open_tiny(tmp_path, "llama", "bfloat16")
+    assert "differ by" in caplog.text
+    assert forward_of(engine).fused is None
+    assert all(result.exact for result in engine.recommend(requests))
+    engine.close()
