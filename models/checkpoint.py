@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from models.atomic import new_directory, write_json, write_text
 from models.catalog import Catalog, file_sha256, read_catalog, write_catalog
 from models.errors import LeanRecError
+from models.index import INDEX, index_key, open_index
 from models.prompt import PromptConfig, Prompter
 from models.trie import Trie, build_trie
 
@@ -34,16 +35,25 @@ class Recommender:
     """Data set, split, seed and base it was trained with."""
     parent: Mapping[str, Any] | None = None
     """What it was pruned from."""
+    has_index: bool = field(default=False, init=False)
+    """Whether the directory's index is this one's; not where `replace` gave another catalogue."""
 
     @cached_property
     def prompter(self) -> Prompter:
         """Encoder of histories."""
-        return Prompter(self.tokenizer, self.prompt, self.catalog.titles)
+        return Prompter(self.tokenizer, self.prompt, self.catalog.titles, lambda: self.trie.title_tokens)
 
     @cached_property
     def trie(self) -> Trie:
-        """Trie of the catalogue's titles."""
-        return build_trie(self.prompter.title_tokens, self.catalog.popularity, self.catalog.item_ids)
+        """Trie of the catalogue's titles; the directory's own is kept beside the weights and mapped."""
+        if not self.has_index:
+            return self._build_trie()
+        key = index_key(self.directory, self.catalog.version, self.prompt)
+        return open_index(self.directory / INDEX, key, self._build_trie)
+
+    def _build_trie(self) -> Trie:
+        titles = self.prompter.encode_titles(self.catalog.titles)
+        return build_trie(titles, self.catalog.popularity, self.catalog.item_ids)
 
 
 def read_recommender(directory: Path | str) -> Recommender:
@@ -76,7 +86,7 @@ def read_recommender(directory: Path | str) -> Recommender:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise LeanRecError(f"{directory}: the tokenizer cannot be loaded ({_first_line(error)})") from error
-    return Recommender(
+    recommender = Recommender(
         directory=directory,
         config=config,
         tokenizer=tokenizer,
@@ -85,6 +95,8 @@ def read_recommender(directory: Path | str) -> Recommender:
         training=described.get("training", {}),
         parent=described.get("parent"),
     )
+    object.__setattr__(recommender, "has_index", True)  # frozen; and not an argument, so never copied
+    return recommender
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -245,6 +257,8 @@ def write_recommender(
         write_text(temporary / FILE, compute_golden(written, model).as_json())
         for name, text in (extra_files or {}).items():
             write_text(temporary / name, text)
+        # With the tokenizer as it was saved, so that a service still notices one that reads back differently.
+        _ = read_recommender(temporary).trie
 
 
 def _plain_config(path: Path) -> None:

@@ -1,6 +1,6 @@
 """History in, token ids out: the only place where a prompt is made."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,9 +9,12 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import LeanRecError
+from models.title_tokens import TitleTokens
 
 STREAM_TEMPLATE = "{% for title in history %}{{ title }}\n{% endfor %}"
 """A plain stream: one title a line, oldest first."""
+TOKENISED_AT_ONCE = 1 << 14
+"""Titles: a batch is held as Python objects until it is in flat arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,20 @@ class Prompter:
     title is tokenised twice. Any other template is rendered and tokenised whole.
     """
 
-    def __init__(self, tokenizer: Any, config: PromptConfig, titles: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: PromptConfig,
+        titles: Sequence[str],
+        title_tokens: Callable[[], TitleTokens] | None = None,
+    ) -> None:
+        """Args:
+        title_tokens: Gives the titles' tokens where they are known; else they are tokenised when needed.
+        """
         self.tokenizer = tokenizer
         self.config = config
         self.titles = titles
+        self._title_tokens = title_tokens
         try:
             self._template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(
                 config.template
@@ -67,21 +80,38 @@ class Prompter:
         return [bos] if bos is not None else self._ids(self.config.separator)
 
     @cached_property
-    def title_tokens(self) -> list[list[int]]:
+    def title_tokens(self) -> TitleTokens:
         """Tokens of each catalogue row's title, end marker included."""
-        return self.encode_titles(self.titles)
+        return self._title_tokens() if self._title_tokens else self.encode_titles(self.titles)
 
-    def encode_titles(self, titles: Sequence[str]) -> list[list[int]]:
+    def encode_titles(self, titles: Sequence[str]) -> TitleTokens:
         """Return each title's tokens as they follow a prompt, end marker included."""
-        texts = [title + self.config.separator for title in titles]
-        if self.config.is_stream:
-            return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        before = self._template.render(history=["\x00"]).rpartition("\x00")[2]
-        prefix = self._ids(before)
-        whole = self.tokenizer([before + text for text in texts], add_special_tokens=False)["input_ids"]
-        if all(ids[: len(prefix)] == prefix for ids in whole):
-            return [ids[len(prefix) :] for ids in whole]
+        if not self.config.is_stream:
+            before = self._template.render(history=["\x00"]).rpartition("\x00")[2]
+            following = self._encode(titles, before).without(self._ids(before))
+            if following is not None:
+                return following
+        return self._encode(titles)
+
+    def _encode(self, titles: Sequence[str], before: str = "") -> TitleTokens:
+        encode = self._ids_of_fast if getattr(self.tokenizer, "is_fast", False) else self._ids_of
+        parts = [
+            TitleTokens.of(
+                encode(
+                    [before + title + self.config.separator for title in titles[at : at + TOKENISED_AT_ONCE]]
+                )
+            )
+            for at in range(0, len(titles), TOKENISED_AT_ONCE)
+        ]
+        return TitleTokens.concatenate(parts) if parts else TitleTokens.of([])
+
+    def _ids_of(self, texts: list[str]) -> list[list[int]]:
         return list(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
+
+    def _ids_of_fast(self, texts: list[str]) -> list[list[int]]:
+        """The same without offsets and masks, in half the time."""
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def kept(self, history: Sequence[int]) -> Sequence[int]:
         """Return the newest part of a history that fits `max_history`, cut in whole chunks."""

@@ -5,14 +5,18 @@ marker, so none is a prefix of another and each distinct token sequence is one l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from models.atomic import new_file
 from models.errors import LeanRecError
+from models.title_tokens import TitleTokens
+
+TOKEN_BITS = 21
+"""Three tokens are compared at a time, packed into 63 bits; 0 is past the end."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,13 @@ class Trie:
         )
         return leaves
 
+    @cached_property
+    def title_tokens(self) -> TitleTokens:
+        """The titles' tokens by catalogue row."""
+        starts = self.leaf_token_offsets[:-1]
+        lengths = np.diff(self.leaf_token_offsets)
+        return TitleTokens(self.leaf_tokens, starts[self.leaf_of_item], lengths[self.leaf_of_item])
+
     def tokens_of_leaf(self, leaf: int) -> np.ndarray:
         """Return the title tokens of a leaf, end marker included."""
         return self.leaf_tokens[self.leaf_token_offsets[leaf] : self.leaf_token_offsets[leaf + 1]]
@@ -107,17 +118,6 @@ class Trie:
             nodes = nodes[~alive[nodes]]
         return alive
 
-    def save(self, path: Path) -> None:
-        """Write the arrays as `.npz`, whole or not at all."""
-        with new_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
-
-    @staticmethod
-    def load(path: Path) -> "Trie":
-        """Read a trie that `save` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            return Trie(**{f.name: arrays[f.name] for f in fields(Trie)})
-
 
 def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids: Sequence[str]) -> Trie:
     """Return the trie of the titles' token sequences, one per catalogue row.
@@ -125,61 +125,42 @@ def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids
     Raises:
         LeanRecError: no titles, a title without tokens, or one that is a prefix of another.
     """
-    lengths = np.fromiter((len(t) for t in titles), np.int64, len(titles))
-    if not len(lengths) or lengths.min() == 0:
-        what = "no titles" if not len(lengths) else f"the title of item {item_ids[int(lengths.argmin())]!r}"
+    rows = TitleTokens.of(titles)
+    if not len(rows) or rows.lengths.min() == 0:
+        what = "no titles" if not len(rows) else f"the title of item {item_ids[int(rows.lengths.argmin())]!r}"
         raise LeanRecError(f"catalogue: {what} tokenises to nothing; every item needs a title")
-    flat = np.fromiter((token for title in titles for token in title), np.int32, int(lengths.sum()))
-    width = int(lengths.max())
-    table = np.zeros((len(lengths), width), ">i4")
-    table[np.arange(width) < lengths[:, None]] = flat + 1
-    # Big-endian rows compare as byte strings in token order; shorter rows end in zeros.
-    keys = np.ascontiguousarray(table).view(f"S{4 * width}").ravel()
-    item_order = np.empty(len(lengths), np.int32)
-    item_order[np.lexsort((np.array(item_ids), -np.asarray(popularity)))] = np.arange(len(lengths))
-    by_title = np.lexsort((item_order, keys))
-    table = table[by_title]
-    starts = np.ones(len(table), bool)
-    starts[1:] = (table[1:] != table[:-1]).any(1)
-    leaf_item_offsets = np.append(np.flatnonzero(starts), len(table))
-    leaves, leaf_lengths = table[starts], lengths[by_title][starts]
+    by_popularity = pc.sort_indices(
+        pa.table({"popularity": popularity, "item_id": pa.array(item_ids, pa.large_string())}),
+        sort_keys=[("popularity", "descending"), ("item_id", "ascending")],
+    ).to_numpy()
+    item_order = np.empty(len(rows), np.int32)
+    item_order[by_popularity] = np.arange(len(rows), dtype=np.int32)
+    by_title, is_first = _by_tokens(rows, by_popularity)
+    leaf_rows = by_title[is_first]
+    starts, lengths = rows.starts[leaf_rows], rows.lengths[leaf_rows]
+    shared = _shared_prefixes(rows.tokens, starts, lengths)
+    if (prefixes := np.flatnonzero(shared >= lengths[:-1])).size:
+        raise LeanRecError(
+            f"catalogue: the title of item {item_ids[int(leaf_rows[prefixes[0]])]!r} is a prefix of another; "
+            "titles need an end marker (prompt.separator)"
+        )
+    depth, first, parent, leaf_parent = _branching_nodes(shared)
 
-    if len(leaves) == 1:  # one distinct title: a root whose only child is certain
-        depth, first, parent_of_node = np.zeros(1, np.int32), np.zeros(1, np.int32), np.array([-1], np.int32)
-        leaf_parent = np.zeros(1, np.int32)
-    else:
-        shared = (leaves[1:] != leaves[:-1]).argmax(1)
-        if (shared >= leaf_lengths[:-1]).any():
-            leaf = int(np.flatnonzero(shared >= leaf_lengths[:-1])[0])
-            row = int(by_title[leaf_item_offsets[leaf]])
-            raise LeanRecError(
-                f"catalogue: the title of item {item_ids[row]!r} is a prefix of another; "
-                "titles need an end marker (prompt.separator)"
-            )
-        depth, first, parent_of_node, leaf_parent = _branching_nodes(shared.tolist())
-
-    order = np.lexsort((first, depth))
-    rank = np.empty(len(order), np.int32)
-    rank[order] = np.arange(len(order))
-    depth, first = depth[order], first[order]
-    parent = np.where(parent_of_node[order] >= 0, rank[parent_of_node[order]], -1).astype(np.int32)
-    leaf_parent = rank[leaf_parent]
-
-    nodes = np.arange(1, len(depth))
+    leaves = np.arange(len(leaf_rows), dtype=np.int32)
     owners = np.concatenate([parent[1:], leaf_parent])
-    targets = np.concatenate([nodes, ~np.arange(len(leaves))]).astype(np.int32)
-    representatives = np.concatenate([first[1:], np.arange(len(leaves))])
-    tokens = (leaves[representatives, depth[owners]] - 1).astype(np.int32)
+    targets = np.concatenate([np.arange(1, len(depth), dtype=np.int32), ~leaves])
+    tokens = rows.tokens[starts[np.concatenate([first[1:], leaves])] + depth[owners]]
     by_owner = np.lexsort((tokens, owners))
     child_offsets = np.zeros(len(depth) + 1, np.int64)
     np.cumsum(np.bincount(owners, minlength=len(depth)), out=child_offsets[1:])
-
     subtree = np.ones(len(depth), np.int32)
-    for level in np.unique(depth)[::-1]:
-        group = np.flatnonzero((depth == level) & (parent >= 0))
+    for level in np.unique(depth)[:0:-1]:
+        # Nodes are in order of depth, the root, alone at its own, is left out.
+        group = slice(*np.searchsorted(depth, (level, level + 1)))
         np.add.at(subtree, parent[group], subtree[group])
     leaf_token_offsets = np.zeros(len(leaves) + 1, np.int64)
-    np.cumsum(leaf_lengths, out=leaf_token_offsets[1:])
+    np.cumsum(lengths, out=leaf_token_offsets[1:])
+    places = np.arange(leaf_token_offsets[-1]) + np.repeat(starts - leaf_token_offsets[:-1], lengths)
     return Trie(
         child_offsets=child_offsets,
         child_tokens=tokens[by_owner],
@@ -188,46 +169,85 @@ def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids
         depth=depth,
         subtree_nodes=subtree,
         first_leaf=first,
-        leaf_tokens=(leaves[np.arange(width) < leaf_lengths[:, None]] - 1).astype(np.int32),
+        leaf_tokens=rows.tokens[places],
         leaf_token_offsets=leaf_token_offsets,
         leaf_parent=leaf_parent,
         leaf_items=by_title.astype(np.int32),
-        leaf_item_offsets=leaf_item_offsets,
+        leaf_item_offsets=np.append(np.flatnonzero(is_first), len(rows)),
         item_order=item_order,
     )
 
 
-def _branching_nodes(shared: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return depth, first leaf and parent of each node and the parent of each leaf.
+def _by_tokens(rows: TitleTokens, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `order` sorted by token sequence, stably, and which of them differ from the one before.
 
-    `shared[i]` is the length of the prefix that the sorted leaves i and i + 1 have in common. One pass
-    with a stack of open nodes (the interval tree of the LCP array).
+    The most significant tokens first: most titles are told apart by few, and only ties look further.
     """
-    depth: list[int] = []
-    first: list[int] = []
-    parent: list[int] = []
-    leaf_parent = [0] * (len(shared) + 1)
-    stack: list[int] = []
-    last = ~0  # the subtree finished most recently; leaves are complemented
+    order = order.astype(np.int64)
+    is_first = np.zeros(len(order), bool)
+    is_first[0] = True
+    tied = np.arange(len(order))
+    group = np.zeros(len(order), np.int64)
+    at = 0
+    while len(tied):
+        word = np.zeros(len(tied), np.int64)
+        titles = order[tied]
+        starts, lengths = rows.starts[titles], rows.lengths[titles]
+        for place in range(at, at + 3):
+            word <<= TOKEN_BITS
+            inside = place < lengths
+            word[inside] += rows.tokens[starts[inside] + place] + 1
+        at += 3
+        # Groups lie one after another, so sorting by group, then word moves nothing out of its group.
+        resorted = np.lexsort((word, group)) if at > 3 else np.argsort(word, kind="stable")
+        order[tied] = titles[resorted]
+        word, ended = word[resorted], (lengths <= at)[resorted]
+        differs = np.ones(len(tied), bool)
+        differs[1:] = (word[1:] != word[:-1]) | (group[1:] != group[:-1])
+        is_first[tied] |= differs
+        group = np.cumsum(differs)
+        open_ties = ~ended & (np.bincount(group)[group] > 1)
+        tied, group = tied[open_ties], group[open_ties]
+    return order, is_first
 
-    def hang(child: int, node: int) -> None:
-        if child < 0:
-            leaf_parent[~child] = node
-        else:
-            parent[child] = node
 
-    for leaf, length in enumerate([*shared, -1]):
-        while stack and depth[stack[-1]] > length:
-            node = stack.pop()
-            hang(last, node)
-            last = node
-        if length < 0:
-            break
-        if not stack or depth[stack[-1]] < length:
-            depth.append(length)
-            first.append(~last if last < 0 else first[last])
-            parent.append(-1)
-            stack.append(len(depth) - 1)
-        hang(last, stack[-1])
-        last = ~(leaf + 1)
-    return tuple(np.array(a, np.int32) for a in (depth, first, parent, leaf_parent))  # type: ignore[return-value]
+def _shared_prefixes(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Return how many leading tokens each sequence has in common with the next, int64 `[sequences - 1]`."""
+    shared = np.zeros(max(0, len(starts) - 1), np.int64)
+    equal, place = np.arange(len(shared)), 0
+    while len(equal):
+        shared[equal] = place
+        equal = equal[np.minimum(lengths[equal], lengths[equal + 1]) > place]
+        equal = equal[tokens[starts[equal] + place] == tokens[starts[equal + 1] + place]]
+        place += 1
+    return shared
+
+
+def _branching_nodes(shared: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return depth, first leaf and parent of each node and the parent of each leaf, all int32.
+
+    `shared[i]` is the length of the prefix that the sorted leaves i and i + 1 have in common. A node of
+    depth d is a run of values >= d, between two smaller ones, that holds a d; its parent is the node of the
+    larger of those two (the interval tree of the LCP array).
+    """
+    if not len(shared):  # one distinct title: a root whose only child is certain
+        return np.zeros(1, np.int32), np.zeros(1, np.int32), np.full(1, -1, np.int32), np.zeros(1, np.int32)
+    walled = np.concatenate([[-1], shared, [-1]])  # walled[i] lies before leaf i, walled[i + 1] behind it
+    node_at = np.full(len(walled), -1, np.int32)
+    depths, firsts, parents = [], [], []
+    count = 0
+    for depth in np.unique(shared):
+        at = np.flatnonzero(walled == depth)
+        walls = np.flatnonzero(walled < depth)
+        following = np.searchsorted(walls, at)
+        is_new = np.ones(len(at), bool)
+        is_new[1:] = following[1:] != following[:-1]
+        node_at[at] = count + np.cumsum(is_new) - 1
+        left, right = walls[following[is_new] - 1], walls[following[is_new]]
+        parents.append(node_at[np.where(walled[left] >= walled[right], left, right)])
+        firsts.append(left)
+        depths.append(np.full(len(left), depth))
+        count += len(left)
+    leaf_parent = node_at[np.arange(len(shared) + 1) + (walled[1:] > walled[:-1])]
+    depth, first, parent = (np.concatenate(part).astype(np.int32) for part in (depths, firsts, parents))
+    return depth, first, parent, leaf_parent

@@ -88,7 +88,7 @@ def _chosen(recommender: Recommender) -> dict[str, Any]:
 
 def _needed_length(recommender: Recommender) -> int:
     """Return the tokens of the longest prompt and title there can be, within the model's positions."""
-    lengths = [len(tokens) for tokens in recommender.prompter.title_tokens]
+    lengths = recommender.prompter.title_tokens.lengths.tolist()
     longest = lengths.index(max(lengths))
     prompt = recommender.prompter.encode([longest] * recommender.prompt.max_history)
     needed = len(prompt) + lengths[longest]

@@ -176,14 +176,6 @@ def test_ties_go_to_the_popular_then_to_the_smaller_id() -> None:
     assert result.rows == [2, 3, 1, 0]
 
 
-def test_a_trie_survives_the_disk(tmp_path) -> None:
-    trie = build_trie([[1, 2, END], [1, 3, END], [4, END]], np.zeros(3), ["a", "b", "c"])
-    trie.save(tmp_path / "trie.npz")
-    loaded = Trie.load(tmp_path / "trie.npz")
-    assert loaded.path(1).tolist() == [1]
-    assert loaded.children(0)[0].tolist() == [1, 4]
-
-
 def test_titles_that_cannot_be_told_apart_are_refused() -> None:
     with pytest.raises(LeanRecError, match="'b' tokenises to nothing"):
         build_trie([[1], []], np.zeros(2), ["a", "b"])
