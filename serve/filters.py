@@ -19,6 +19,8 @@ from serve.schemas import AttributeKind, AttributeRange
 KEPT_BYTES = 64 * 2**20
 """Of the subsets that the latest filters left."""
 
+LARGEST = 2**63 - 1
+
 _KINDS: dict[pa.DataType, AttributeKind] = {
     pa.string(): "text",
     pa.int64(): "integer",
@@ -101,20 +103,22 @@ class Filters:
             rows = np.zeros(self._items, bool)
             rows[_numpy(pc.list_parent_indices(column))[_numpy(found)]] = True
             return rows
-        return _numpy(pc.is_in(column, pa.array(condition, column.type)))
+        values = [float(value) for value in condition] if kind == "number" else condition
+        return _numpy(pc.is_in(column, pa.array(values, column.type)))
 
 
 def _in_range(column: pa.Array, bounds: AttributeRange) -> np.ndarray:
-    low, high = bounds.min, bounds.max
-    if column.type == pa.int64():  # Arrow would compare as floats, which blur beyond 2**53
-        low = None if low is None else math.ceil(low)
-        high = None if high is None else math.floor(high)
-    rows = _numpy(column.is_valid())
-    if low is not None:
-        rows = rows & _numpy(pc.fill_null(pc.greater_equal(column, low), False))
-    if high is not None:
-        rows = rows & _numpy(pc.fill_null(pc.less_equal(column, high), False))
-    return rows
+    low = -math.inf if bounds.min is None else bounds.min
+    high = math.inf if bounds.max is None else bounds.max
+    if column.type == pa.int64():  # whole bounds: as floats they would blur beyond 2**53
+        if low > LARGEST or high < -LARGEST - 1:
+            return np.zeros(len(column), bool)
+        low = max(-LARGEST - 1, math.ceil(max(low, -LARGEST - 1)))
+        high = min(LARGEST, math.floor(min(high, LARGEST)))
+    else:
+        low, high = float(low), float(high)
+    inside = pc.and_(pc.greater_equal(column, low), pc.less_equal(column, high))
+    return _numpy(pc.fill_null(inside, False))
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
@@ -129,7 +133,7 @@ def _key(conditions: Mapping[str, Condition]) -> str:
     plain = {
         name: [condition.min, condition.max, "range"]
         if isinstance(condition, AttributeRange)
-        else [sorted(set(condition), key=lambda value: (str(type(value)), value)), "values"]
+        else [sorted({(type(value).__name__, value) for value in condition}), "values"]
         for name, condition in conditions.items()
     }
     return json.dumps(plain, sort_keys=True)

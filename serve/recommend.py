@@ -1,6 +1,6 @@
 """From a request to a search and from its result to an answer; no engine, no HTTP."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,16 +48,16 @@ def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Pre
     """
     row_of = shelf.catalog.row_of
     if request.history is not None:
-        history, unknown = _found(request.history, request.history, row_of)
+        history, unknown = _found(request.history, request.history, row_of.get)
     else:
         titles = request.history_titles or []
-        history, unknown = _found(titles, map(normal_title, titles), shelf.catalog.row_of_title)
-    excluded = set(_found(request.exclude, request.exclude, row_of)[0])
+        history, unknown = _found(titles, map(normal_title, titles), shelf.catalog.row_of_title.get)
+    excluded = set(_found(request.exclude, request.exclude, row_of.get)[0])
     if request.exclude_history:
         excluded.update(history)
     subset = shelf.filters.subset(request.filters, shelf.trie) if request.filters else None
     if request.candidates is not None:
-        candidates, strange = _found(request.candidates, request.candidates, row_of)
+        candidates, strange = _found(request.candidates, request.candidates, row_of.get)
         unknown += strange
         rows = np.zeros(len(shelf.catalog), bool)
         rows[candidates] = True
@@ -78,10 +78,10 @@ def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Pre
 
 
 def _found(
-    names: Sequence[str], keys: Iterable[str], row_of: Mapping[str, int]
+    names: Sequence[str], keys: Iterable[str], row_of: Callable[[str], int | None]
 ) -> tuple[list[int], list[str]]:
     """Return the rows of the names that are known, and the names that are not."""
-    rows = list(map(row_of.get, keys))
+    rows = list(map(row_of, keys))
     if None not in rows:
         return cast(list[int], rows), []
     unknown = [name for name, row in zip(names, rows, strict=True) if row is None]

@@ -64,12 +64,28 @@ def test_history_is_excluded_unless_told_otherwise(client: httpx.Client) -> None
     assert [item["item_id"] for item in some] == kept
 
 
-def test_scores_are_probabilities_over_the_catalogue(client: httpx.Client, recommender: Recommender) -> None:
-    items = ask(client, history=["i5"], k=80, exclude_history=False)["items"]
-    of_title = {
-        recommender.trie.leaf_of_item[recommender.catalog.row_of[i["item_id"]]]: i["score"] for i in items
-    }
-    assert np.exp(list(of_title.values())).sum() == pytest.approx(1.0, abs=1e-4)
+@pytest.mark.parametrize("seed", range(10))
+def test_probabilities_add_up_to_one(client: httpx.Client, recommender: Recommender, seed: int) -> None:
+    """Also over a cold start; two items share a title, and its probability."""
+    history = [f"i{n}" for n in np.random.default_rng(seed).integers(0, 80, seed)]
+    items = ask(client, history=history, k=80, exclude_history=False)["items"]
+    assert len(items) == 80
+    assert sum(item["probability"] for item in items) == pytest.approx(1.0, abs=1e-6)
+    shared = [item for item in items if item["item_id"] in ("i0", "i1")]
+    if history:
+        assert shared[0]["score"] == shared[1]["score"]
+        assert shared[0]["probability"] == pytest.approx(np.exp(shared[0]["score"]) / 2)
+    for item in items:
+        if item not in shared or not history:
+            assert item["probability"] == pytest.approx(np.exp(item["score"]))
+
+
+def test_fewer_than_asked_is_all_there_is(client: httpx.Client) -> None:
+    answer = ask(client, history=["i5"], k=100, candidates=["i5", "i6", "i7", "gone"])
+    assert {item["item_id"] for item in answer["items"]} == {"i6", "i7"}
+    assert answer["exact"] is True
+    nothing = ask(client, history=["i5"], candidates=["i5"])
+    assert (nothing["items"], nothing["exact"]) == ([], True)
 
 
 @pytest.mark.parametrize("history", [[], ["nope", "neither"]])
