@@ -1,6 +1,5 @@
 """One version of the catalogue with all that is derived from it; a swap replaces it whole."""
 
-import hashlib
 import io
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
@@ -50,20 +50,10 @@ class Shelf:
         _ = self.catalog.row_of, self.catalog.row_of_title, self.prompter.title_tokens
         _ = self.filters, self.trie.leaf_of_item
 
-    @cached_property
+    @property
     def version(self) -> str:
         """Hash of ids, titles, popularity and attributes, 12 hexadecimal digits."""
-        digest = hashlib.sha256()
-        for item_id, title in zip(self.catalog.item_ids, self.catalog.titles, strict=True):
-            digest.update(f"{len(item_id)} {item_id} {title}\n".encode())
-        digest.update(self.catalog.popularity.astype("<i8").tobytes())
-        if self.catalog.attributes:
-            columns = pa.table(dict(sorted(self.catalog.attributes.items()))).combine_chunks()
-            with pa.BufferOutputStream() as stream:
-                with pa.ipc.new_stream(stream, columns.schema) as writer:
-                    writer.write_table(columns)
-                digest.update(stream.getvalue())
-        return digest.hexdigest()[:12]
+        return self.catalog.version
 
     @cached_property
     def filters(self) -> Filters:
@@ -87,22 +77,25 @@ class Shelf:
         return np.log(counts / counts.sum())
 
     @cached_property
-    def _folded_titles(self) -> list[str]:
-        return [title.casefold() for title in self.catalog.titles]
+    def _folded_titles(self) -> pa.LargeStringArray:
+        titles = self.catalog.titles.array
+        others = pc.invert(pc.string_is_ascii(titles))
+        folded = [title.casefold() for title in titles.filter(others).to_pylist()]
+        return pc.replace_with_mask(pc.ascii_lower(titles), others, pa.array(folded, pa.large_string()))
 
     def page(self, search: str, offset: int, limit: int) -> CatalogPage:
         """Return the items whose title holds `search`, most popular first."""
-        rows = self.popular.tolist()
+        rows = self.popular
         if search:
-            wanted = search.casefold()
-            rows = [row for row in rows if wanted in self._folded_titles[row]]
+            found = pc.match_substring(self._folded_titles, search.casefold())
+            rows = rows[found.to_numpy(zero_copy_only=False)[rows]]
         items = [
             CatalogItem(
                 item_id=self.catalog.item_ids[row],
                 title=self.catalog.titles[row],
                 popularity=int(self.catalog.popularity[row]),
             )
-            for row in rows[offset : offset + limit]
+            for row in rows[offset : offset + limit].tolist()
         ]
         return CatalogPage(catalog_version=self.version, total=len(rows), items=items)
 
@@ -134,7 +127,7 @@ def parse_catalog(body: bytes, media_type: str) -> Catalog:
         if "popularity" in table.column_names:
             counts = table["popularity"].cast(pa.int64()).fill_null(0).to_numpy()
         item_ids = table["item_id"].cast(pa.string()).to_pylist()
-        titles = table["title"].cast(pa.string()).to_pylist()
+        titles = table["title"].cast(pa.large_string())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise LeanRecError(
             f"catalogue: not a readable Parquet table ({str(error).splitlines()[0]})"
