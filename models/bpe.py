@@ -82,17 +82,11 @@ def filled(description: Description, kept: set[int], multiple: int) -> set[int]:
     return full
 
 
-def ordered(description: Description, kept: Iterable[int]) -> list[int]:
-    """Return the kept ids by new id: the model's own first, then added ones, as `tokenizers` numbers them."""
-    own = set(description["model"]["vocab"].values())
-    return sorted(kept, key=lambda number: (number not in own, number))
-
-
 def trimmed(description: Description, kept: Sequence[int]) -> Description:
     """Return the description of the tokenizer with only the kept ids, which become 0, 1, 2 ...
 
     Args:
-        kept: old ids by new id: `ordered`, and all that `closed` asks for.
+        kept: old ids by new id, ascending; all that `closed` asks for.
     """
     new_id = {old: new for new, old in enumerate(kept)}
     result = copy.deepcopy({name: part for name, part in description.items() if name != "model"})

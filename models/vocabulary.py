@@ -104,14 +104,14 @@ def trimmed_recommender(full: Recommender, training: Sequences) -> Trimmed:
             "the checkpoint and its tokenizer do not belong together"
         )
     kept = bpe.closed(description, _used(full, training) & known)
-    tokens = bpe.ordered(description, bpe.filled(description, kept, MULTIPLE))
+    tokens = sorted(bpe.filled(description, kept, MULTIPLE))
     unused = (row for row in range(vocab_size) if row not in known)
     rows = np.array([*tokens, *_some(unused, -len(tokens) % MULTIPLE)], np.int64)
     new_id = {old: new for new, old in enumerate(tokens)}
     config = copy.deepcopy(full.config)
     config.vocab_size = len(rows)
     _renumber_special_ids(config, new_id)
-    tokenizer = _loaded(full.tokenizer, bpe.trimmed(description, tokens), new_id)
+    tokenizer = _loaded(full.tokenizer, bpe.trimmed(description, tokens))
     recommender = replace(full, config=config, tokenizer=tokenizer)
     _check_tokens(full, recommender, training, new_id)
     return Trimmed(recommender, rows)
@@ -156,6 +156,12 @@ def _check_tokens(
                 f"({len(before)} tokens before, {len(after)} after); keep the vocabulary"
             )
 
+    expected = {text: new_id[old] for text, old in full.tokenizer.get_vocab().items() if old in new_id}
+    if trimmed.tokenizer.get_vocab() != expected:
+        raise LeanRecError(
+            f"{full.directory}: its tokenizer numbers its tokens in a way that cannot be trimmed; "
+            "keep the vocabulary"
+        )
     check("the start of a prompt", full.prompter.start_tokens, trimmed.prompter.start_tokens)
     pairs = zip(full.prompter.title_tokens, trimmed.prompter.title_tokens, strict=True)
     for title, (before, after) in zip(full.catalog.titles, pairs, strict=True):
@@ -206,22 +212,13 @@ def _description(tokenizer: "PreTrainedTokenizerBase", source: str) -> bpe.Descr
     return description
 
 
-def _loaded(
-    original: "PreTrainedTokenizerBase", description: bpe.Description, new_id: Mapping[int, int]
-) -> "PreTrainedTokenizerBase":
+def _loaded(original: "PreTrainedTokenizerBase", description: bpe.Description) -> "PreTrainedTokenizerBase":
     """Return the tokenizer of a description, all else as in the original, as it will be read from disk."""
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory(prefix="vocabulary-") as folder:
         original.save_pretrained(folder)
         write_json(Path(folder) / "tokenizer.json", description)
-        path = Path(folder) / "tokenizer_config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if config.get("added_tokens_decoder"):
-            config["added_tokens_decoder"] = {
-                str(new_id[int(old)]): token for old, token in config["added_tokens_decoder"].items()
-            }
-            write_json(path, config)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.name_or_path = original.name_or_path
     return tokenizer
