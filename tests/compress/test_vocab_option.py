@@ -128,7 +128,9 @@ def test_five_percent_of_published_shapes_is_at_most_a_tenth_in_all(tmp_path):
             tie_word_embeddings=True,
         ),
     }
-    for config in shapes.values():
+    # The shares of all parameters that docs/compression.md tells, without and with trimming.
+    told = {"SmolLM2-135M": ("13.3%", "4.6%"), "Qwen2-0.5B": ("17.4%", "3.9%")}
+    for name, config in shapes.items():
         before = Recommender(
             directory=gguf.parent,
             config=config,
@@ -136,12 +138,13 @@ def test_five_percent_of_published_shapes_is_at_most_a_tenth_in_all(tmp_path):
             catalog=dataset.catalog,
             prompt=PromptConfig(),
         )
-        trimmed = trimmed_recommender(before, dataset.train)
-        assert len(trimmed.rows) < 5000
+        rows = trimmed_recommender(before, dataset.train).rows
+        assert len(rows) == 3840
         kept = make_plan(config, "5%")
-        counts = kept.with_vocabulary(len(trimmed.rows)).counts
-        assert kept.counts[-1].total > 0.1 * counts[0].total, "without trimming it is more"
-        assert counts[-1].total <= 0.1 * counts[0].total
+        trimmed = kept.with_vocabulary(len(rows))
+        shares = [plan.counts[-1].total / plan.counts[0].total for plan in (kept, trimmed)]
+        assert tuple(f"{share:.1%}" for share in shares) == told[name]
+        assert shares[1] <= 0.1
 
 
 @pytest.mark.slow
