@@ -1,5 +1,6 @@
 """A recommender directory: a plain transformers checkpoint, `recommender.json` and a catalogue."""
 
+import copy
 import json
 import struct
 from collections.abc import Mapping
@@ -188,9 +189,16 @@ def load_model(
     import torch
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(recommender.config)
+    quantized = getattr(config, "quantization_config", None) or {}
+    if quantized.get("quant_method") == "compressed-tensors":
+        # Layers still round weights and inputs to int8. Only the storage is undone: now, because by default
+        # it happens in the first call of the whole model, which whoever calls its body never makes.
+        config.quantization_config = quantized | {"dequantize": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             recommender.directory,
+            config=config,
             dtype=dtype or torch.float32,
             local_files_only=True,
             trust_remote_code=False,
