@@ -1,0 +1,89 @@
+"""What a recommendation costs with each way to serve the same checkpoint.
+
+    python -m benchmarks.serving [--data D --name NAME] [--rounds 3]
+
+Writes `benchmarks/serving/results.json`, the rows of other data sets kept, and `report.html` beside it.
+The checkpoint is trained first if it is not there (half an hour on two cores).
+"""
+
+import argparse
+import json
+import os
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.checkpoints import RUNS, quantised, trained_recommender
+from benchmarks.serving.page import render, table
+from benchmarks.serving.race import Case, Entry, rows, run_race
+from benchmarks.serving.workload import make_workload
+from loadtest.machine import describe_machine, describe_versions
+from models.atomic import write_json, write_text
+from models.checkpoint import read_recommender
+
+HERE = Path("benchmarks/serving")
+ONE, MANY = Case(1), Case(16)
+ONE_RETURNING, MANY_RETURNING = Case(1, returning=True), Case(16, returning=True)
+REQUESTS: dict[str, dict[Case, int]] = {
+    "generate": {ONE: 3, MANY: 8},
+    "beam-search": {ONE: 1, MANY: 16},
+    "async-loop": {ONE: 4, MANY: 32},
+    "pooling": {ONE: 8, MANY: 32},
+    "worker": {ONE: 32, MANY: 128, ONE_RETURNING: 32, MANY_RETURNING: 128},
+}
+
+
+def main() -> None:
+    """Run the race and write its rows."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
+    parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--name", default="ml-100k", help="what the data set is called in the results")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", default=[*REQUESTS, "worker-int8"])
+    options = parser.parse_args()
+    directory = trained_recommender(options.data, options.name)
+    recommender = read_recommender(directory)
+    entries = [Entry(n, n, directory, REQUESTS[n]) for n in options.contenders if n in REQUESTS]
+    if "worker-int8" in options.contenders:
+        entries.append(Entry("worker-int8", "worker", quantised(directory), REQUESTS["worker"]))
+    count = (options.rounds + 1) * 4 * max(max(entry.requests.values()) for entry in entries)
+    workload = make_workload(recommender, options.data, count)
+    machine = describe_machine()
+    race = run_race(entries, workload, recommender.config, options.rounds, RUNS / "logs")
+    facts = {
+        "data": options.name,
+        "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+        "load_average_before": machine["load_average_before"],
+        "load_average_after": os.getloadavg()[0],
+        "versions": describe_versions(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    found = rows(
+        race,
+        entries,
+        config=recommender.config,
+        workload=workload,
+        reference="worker",
+        facts=facts,
+    )
+    kept = [row for row in _earlier() if row["data"] != options.name]
+    write_json(HERE / "results.json", [*kept, *found])
+    write_text(HERE / "report.html", render([*kept, *found]))
+    print(table(found))
+
+
+def _earlier() -> list[dict[str, Any]]:
+    path = HERE / "results.json"
+    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

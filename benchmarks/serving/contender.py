@@ -1,0 +1,146 @@
+"""One contender in a process of its own: reads work as JSON lines, writes what it measured.
+
+python -m benchmarks.serving.contender NAME DIRECTORY
+"""
+
+import json
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.serving.practice import Answer
+
+NAMES = ("generate", "beam-search", "async-loop", "pooling", "worker")
+KV_CACHE_BYTES = 512 * 2**20
+
+
+class EngineContender:
+    """Our own search, inside vLLM's worker or on its pooling API."""
+
+    batch = 8
+    """What the service's batcher puts together at most."""
+
+    def __init__(self, directory: Path, kind: Any) -> None:
+        from models.checkpoint import read_recommender
+        from models.vllm_engine import open_engine
+
+        self.recommender = read_recommender(directory)
+        self.engine = open_engine(self.recommender, kind=kind)
+        if self.engine.name != kind:
+            raise RuntimeError(f"the engine is {self.engine.name}, not {kind}")
+        self.tokens = 0
+        if kind == "worker":
+            self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        core = self.engine.llm.llm_engine.engine_core.engine_core
+        forward = core.model_executor.driver_worker.worker._trie_forward
+        run = forward.run
+
+        def counted(queries: Sequence[Any]) -> Any:
+            self.tokens += sum(len(query.tokens) for query in queries)
+            return run(queries)
+
+        forward.run = counted
+
+    def answer(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
+        """Answer one batch."""
+        from models.search import SearchRequest
+
+        results = self.engine.recommend([SearchRequest(prompt=list(prompt)) for prompt in prompts])
+        return [Answer(list(r.rows), r.exact, r.expansions, r.scores) for r in results]
+
+
+def open_contender(name: str, directory: Path) -> Any:
+    """Load a contender."""
+    if name in ("pooling", "worker"):
+        return EngineContender(directory, name)
+    from benchmarks.serving import practice
+    from models.checkpoint import read_recommender
+
+    recommender = read_recommender(directory)
+    if name == "generate":
+        return practice.GenerateContender(recommender)
+    longest = max(map(len, recommender.prompter.title_tokens))
+    length = -(-(recommender.prompt.max_history + 2) * longest // 64) * 64
+    arguments = {"max_model_len": length, "kv_cache_memory_bytes": KV_CACHE_BYTES, "seed": 0}
+    if name == "async-loop":
+        return practice.AsyncLoopContender(recommender, arguments)
+    from models.vllm_model import prepare_environment
+
+    prepare_environment()
+    from vllm import LLM
+
+    llm = LLM(
+        model=str(directory),
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_logprobs=2 * practice.BEAMS,
+        **arguments,
+    )
+    return practice.BeamSearchContender(recommender, llm)
+
+
+def closed_loop(
+    contender: Any, prompts: Sequence[Sequence[int]], clients: int
+) -> tuple[list[Answer], list[float]]:
+    """Answer all prompts as a service would that has `clients` users; return answers and latencies, seconds.
+
+    Each client asks again as soon as it is answered; what waits is answered in batches, oldest first.
+    """
+    answers: list[Answer] = []
+    latencies: list[float] = []
+    left = deque(prompts)
+    now = time.perf_counter()
+    waiting = deque((left.popleft(), now) for _ in range(min(clients, len(left))))
+    while waiting:
+        batch = [waiting.popleft() for _ in range(min(contender.batch, len(waiting)))]
+        answers += contender.answer([prompt for prompt, _ in batch])
+        now = time.perf_counter()
+        latencies += [now - asked for _, asked in batch]
+        waiting.extend((left.popleft(), now) for _ in range(min(len(batch), len(left))))
+    return answers, latencies
+
+
+def cpu_seconds() -> float:
+    """Return user and system time of this process and all below it."""
+    this = psutil.Process()
+    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
+    return sum(t.user + t.system for t in times)
+
+
+def main() -> None:
+    """Serve work until the input ends."""
+    name, directory = sys.argv[1], Path(sys.argv[2])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is not part of the protocol
+    contender = open_contender(name, directory)
+    print("ready", file=out, flush=True)
+    loop = getattr(contender, "closed_loop", None)
+    for line in sys.stdin:
+        work = json.loads(line)
+        run = loop or (lambda prompts, clients: closed_loop(contender, prompts, clients))
+        if work.get("earlier"):
+            run(work["earlier"], work["clients"])
+        tokens = getattr(contender, "tokens", 0)
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        answers, latencies = run(work["prompts"], work["clients"])
+        measured = {
+            "cpu_seconds": cpu_seconds() - cpu,
+            "wall_seconds": time.perf_counter() - wall,
+            "latencies": latencies,
+            "tokens": getattr(contender, "tokens", 0) - tokens,
+            "answers": [asdict(answer) for answer in answers],
+        }
+        print(json.dumps(measured), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""All contenders on the same requests, in turn, round after round: what each costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedConfig
+
+from benchmarks.serving.floor import matrix_rates, request_flops
+from benchmarks.serving.workload import Workload
+
+
+@dataclass(frozen=True)
+class Case:
+    """A load: how many clients ask, and whether they come back with one item more."""
+
+    clients: int
+    returning: bool = False
+
+    @property
+    def users(self) -> str:
+        """`fresh` or `returning`."""
+        return "returning" if self.returning else "fresh"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender, its checkpoint, and how many requests of each case it gets a round."""
+
+    title: str
+    name: str
+    """What `benchmarks.serving.contender` knows it by"""
+    directory: Path
+    requests: Mapping[Case, int]
+
+
+@dataclass
+class Measured:
+    """One contender's rounds of one case."""
+
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Per request, a number a round"""
+    wall_seconds: list[float] = field(default_factory=list)
+    latencies: list[float] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By number of the request"""
+
+
+@dataclass(frozen=True)
+class Race:
+    """What was measured."""
+
+    measured: dict[tuple[str, Case], Measured]
+    rates: list[float]
+    """FLOP per CPU second of the matrix products, in all rounds"""
+
+
+@contextmanager
+def process(entry: Entry, logs: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a contender with one compute thread and hold it still."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{entry.title}.log"
+    command = [sys.executable, "-m", "benchmarks.serving.contender", entry.name, str(entry.directory)]
+    with open(log, "w", encoding="utf-8") as errors:
+        running = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+    try:
+        assert running.stdout is not None
+        if running.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"{entry.title} did not start; see {log}")
+        os.killpg(running.pid, signal.SIGSTOP)
+        yield running
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+
+def ask(running: subprocess.Popen[str], work: Mapping[str, Any]) -> dict[str, Any]:
+    """Let a contender run for one piece of work only: an idle engine's loops cost CPU time too."""
+    assert running.stdin is not None
+    assert running.stdout is not None
+    os.killpg(running.pid, signal.SIGCONT)
+    try:
+        running.stdin.write(json.dumps(work) + "\n")
+        running.stdin.flush()
+        line = running.stdout.readline()
+    finally:
+        os.killpg(running.pid, signal.SIGSTOP)
+    if not line:
+        raise RuntimeError(f"{running.args!r}: ended in the middle")
+    measured: dict[str, Any] = json.loads(line)
+    return measured
+
+
+def run_race(
+    entries: Sequence[Entry], workload: Workload, config: PreTrainedConfig, rounds: int, logs: Path
+) -> Race:
+    """Measure; the order turns by one every round. A first round warms up and is not counted."""
+    measured = {(entry.title, case): Measured() for entry in entries for case in entry.requests}
+    rates: list[float] = []
+    most = max(count for entry in entries for count in entry.requests.values())
+    with ExitStack() as stack:
+        running = {entry.title: stack.enter_context(process(entry, logs)) for entry in entries}
+        for number in range(rounds + 1):
+            turned = [*entries[number % len(entries) :], *entries[: number % len(entries)]]
+            # A request is new to a contender in every case and round, the same for all of them.
+            cases = sorted({case for entry in entries for case in entry.requests}, key=str)
+            for place, case in enumerate(cases):
+                first = (number * len(cases) + place) * most
+                for entry in turned:
+                    count = (
+                        min(2, entry.requests.get(case, 0)) if number == 0 else entry.requests.get(case, 0)
+                    )
+                    if not count:
+                        continue
+                    work = {
+                        "prompts": workload.fresh[first : first + count],
+                        "earlier": workload.earlier[first : first + count] if case.returning else [],
+                        "clients": case.clients,
+                    }
+                    result = ask(running[entry.title], work)
+                    print(
+                        f"round {number} {entry.title} {case.clients} {case.users}: "
+                        f"{1e3 * result['cpu_seconds'] / count:.1f} ms CPU a request",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    if number:
+                        _enter(measured[entry.title, case], result, first, count)
+            if number:
+                rates += matrix_rates(config)
+    return Race(measured, rates)
+
+
+def _enter(measured: Measured, result: Mapping[str, Any], first: int, count: int) -> None:
+    measured.cpu_seconds.append(result["cpu_seconds"] / count)
+    measured.wall_seconds.append(result["wall_seconds"] / count)
+    measured.latencies += result["latencies"]
+    measured.tokens.append(result["tokens"] / count)
+    if len(result["answers"]) != count:
+        raise RuntimeError(f"{len(result['answers'])} answers to {count} requests")
+    # The closed loop answers in the order asked.
+    measured.answers.update((first + index, answer) for index, answer in enumerate(result["answers"]))
+
+
+def rows(
+    race: Race,
+    entries: Sequence[Entry],
+    *,
+    config: PreTrainedConfig,
+    workload: Workload,
+    reference: str,
+    facts: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return one row for each contender and case.
+
+    Args:
+        reference: The contender whose exact answers the others' are compared with.
+    """
+    rate = float(np.median(race.rates))
+    prompt_tokens = float(np.mean([len(prompt) for prompt in workload.fresh]))
+    exact = {
+        case: measured.answers for (title, case), measured in race.measured.items() if title == reference
+    }
+    found = []
+    for (title, case), measured in race.measured.items():
+        model = next(entry.directory for entry in entries if entry.title == title)
+        ours = race.measured.get((reference, Case(case.clients)))
+        tokens = float(np.mean(ours.tokens)) if ours else 0.0
+        floor = request_flops(config, prompt_tokens, tokens) / rate
+        cpu = float(np.mean(measured.cpu_seconds))
+        flags = [a["exact"] for a in measured.answers.values() if a["exact"] is not None]
+        overlaps = [
+            len(set(answer["rows"]) & set(exact[case][number]["rows"])) / len(exact[case][number]["rows"])
+            for number, answer in measured.answers.items()
+            if case in exact and number in exact[case] and exact[case][number]["exact"]
+        ]
+        latencies = 1e3 * np.array(measured.latencies)
+        found.append(
+            {
+                "contender": title,
+                "model": model.name,
+                "clients": case.clients,
+                "users": case.users,
+                "requests": len(measured.latencies),
+                "cpu_seconds_per_request": cpu,
+                "cpu_seconds_by_round": measured.cpu_seconds,
+                "requests_per_second": 1 / float(np.mean(measured.wall_seconds)),
+                "latency_ms": {
+                    "p50": float(np.quantile(latencies, 0.5)),
+                    "p95": float(np.quantile(latencies, 0.95)),
+                    "p99": float(np.quantile(latencies, 0.99)) if len(latencies) >= 100 else None,
+                },
+                "tokens_run": float(np.mean(measured.tokens)) or None,
+                "exact_share": float(np.mean(flags)) if flags else None,
+                "overlap@10": float(np.mean(overlaps)) if overlaps else None,
+                "floor_seconds": floor,
+                "floor_ratio": cpu / floor if case.users == "fresh" and floor else None,
+                "matrix_gflops": rate / 1e9,
+                **facts,
+            }
+        )
+    return found
