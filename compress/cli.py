@@ -42,6 +42,12 @@ def parser() -> argparse.ArgumentParser:
         "stay the same (default: keep)",
     )
     command.add_argument(
+        "--quantize",
+        choices=["none", "w8a8"],
+        default="none",
+        help="w8a8: store the result's matrices in int8 and multiply in int8 (default: none)",
+    )
+    command.add_argument(
         "--restore-tokens",
         type=int,
         metavar="N",
@@ -72,6 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             out=arguments.out,
             recipe=arguments.recipe,
             vocab=arguments.vocab,
+            quantize=arguments.quantize,
             restore_tokens=arguments.restore_tokens,
             seed=arguments.seed,
             device=arguments.device,

@@ -22,6 +22,8 @@ class Job:
     recipe: str = "leanrec"
     vocab: str = "keep"
     """`keep`, or `catalog`: only the tokens that titles and training histories use"""
+    quantize: str = "none"
+    """`none`, or `w8a8`"""
     restore_tokens: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -42,6 +44,7 @@ class Run:
     recipe: Recipe
     tokens: int
     """of restoration, all stages together"""
+    quantize: str
     seed: int
     device: str
     settings: dict[str, Any]

@@ -63,6 +63,7 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
                 bar_chart(_bars(report, "ndcg@10"), y_label="NDCG@10", title="NDCG@10 on test users"),
             ),
         ),
+        *_quantization(report),
         "<h2>Stage by stage</h2>",
         "<p class=note>Measured on validation users: right after each cut, and after its restoration.</p>",
         _stage_table(report, evidence),
@@ -217,6 +218,26 @@ def _shape_table(report: dict[str, Any]) -> str:
         for key in ("non_embedding", "embedding", "total", "bytes")
     ]
     return _table(["", "full", "pruned"], rows)
+
+
+def _quantization(report: dict[str, Any]) -> list[str]:
+    """Return the section of the quantised checkpoint; nothing where there is none."""
+    found = report.get("quantization")
+    if found is None:
+        return []
+    rows = []
+    for name in ("unquantized", "quantized"):
+        metrics = found["metrics"][name]["test"]
+        rows.append([name, f"{found['bytes'][name]:,}", *(f"{metrics[metric]:.4f}" for metric in METRICS)])
+    kept = ", ".join(f"{k.upper()} {v:.1%}" for k, v in found["retained"].items() if v is not None)
+    return [
+        f"<h2>Quantisation: {escape(found['scheme'])}</h2>",
+        _table(["", "bytes of weights", *(metric.upper() for metric in METRICS)], rows),
+        f'<p class="note">Both ranked by vLLM as it serves, on the same test users. Retained: '
+        f"{kept or 'not measurable'}. vLLM and transformers differ by at most "
+        f"{found['verify']['max_abs_logprob_diff']:.2f} in the log-probability of a token: each rounds "
+        "activations by itself.</p>",
+    ]
 
 
 def _verification(report: dict[str, Any]) -> str:

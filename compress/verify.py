@@ -1,11 +1,6 @@
 """Does the written checkpoint hold what was planned, and does stock vLLM read it as transformers does?"""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +9,27 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from compress.apart import run_apart
 from models.errors import LeanRecError
 from models.families import ParameterCounts, count_tensors
 
 PROMPTS = 32
 NEW_TOKENS = 16
-MAX_LOGPROB_DIFFERENCE = 5e-3
-TIE = 1e-4
-"""Two tokens closer than this in log-probability may change places in fp32."""
-TIMEOUT_SECONDS = 1800
-_LAUNCHER_VARIABLES = (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
-    "MASTER_ADDR", "MASTER_PORT",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two right implementations may be apart, in log-probability of a token."""
+
+    difference: float
+    tie: float
+    """Two tokens closer than this may change places."""
+
+
+FP32 = Tolerance(difference=5e-3, tie=1e-4)
+INT8 = Tolerance(difference=0.5, tie=0.5)
+"""The engines round activations by scales that differ by 1/255, so each makes rounding errors of its own:
+some hundredths in all. A scale or a matrix read wrongly makes whole units."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def read_weights(directory: Path) -> Weights:
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                shapes[name] = tensors.get_slice(name).get_shape()
+                if not name.endswith(".weight_scale"):  # of int8 weights: bytes, but no parameters
+                    shapes[name] = tensors.get_slice(name).get_shape()
     return Weights(count_tensors(shapes), sum(file.stat().st_size for file in files))
 
 
@@ -85,15 +89,17 @@ def check_vllm_installed() -> None:
         )
 
 
-def check_engines_agree(directory: Path, prompts: Sequence[Sequence[int]]) -> Parity:
+def check_engines_agree(
+    directory: Path, prompts: Sequence[Sequence[int]], tolerance: Tolerance = FP32
+) -> Parity:
     """Return how transformers and vLLM compare on greedy continuations of the prompts.
 
     Each prompt is continued by `NEW_TOKENS` greedy tokens in vLLM; transformers then scores the same
     tokens in one forward pass, so its greedy tokens are the same if each is its own first choice.
 
     Raises:
-        LeanRecError: vLLM cannot run the checkpoint, a token differs, or a log-probability does by more
-            than `MAX_LOGPROB_DIFFERENCE`.
+        LeanRecError: vLLM cannot run the checkpoint, or a token or a log-probability differs by more than
+            the tolerance.
     """
     tokens, logprobs = _greedy_in_vllm(directory, prompts)
     model = AutoModelForCausalLM.from_pretrained(
@@ -108,8 +114,8 @@ def check_engines_agree(directory: Path, prompts: Sequence[Sequence[int]]) -> Pa
         chosen = ours[torch.arange(len(continued)), torch.tensor(continued)]
         differences.append((chosen - torch.tensor(theirs)).abs().max())
         behind = ours.max(-1).values - chosen
-        if float(behind.max()) > TIE:
-            step = int((behind > TIE).nonzero()[0])
+        if float(behind.max()) > tolerance.tie:
+            step = int((behind > tolerance.tie).nonzero()[0])
             best = int(ours[step].argmax())
             wrong.append(f"prompt {number}, token {step}: vLLM {continued[step]}, transformers {best}")
     worst = float(torch.stack(differences).max())  # unlike Python's max, it keeps a NaN
@@ -119,10 +125,10 @@ def check_engines_agree(directory: Path, prompts: Sequence[Sequence[int]]) -> Pa
             f"{directory}: vLLM and transformers choose other greedy tokens on {len(wrong)} of "
             f"{len(prompts)} prompts ({wrong[0]}; largest log-probability difference {worst:.2g})"
         )
-    if not worst <= MAX_LOGPROB_DIFFERENCE:
+    if not worst <= tolerance.difference:
         raise LeanRecError(
             f"{directory}: log-probabilities of vLLM and transformers differ by up to {worst:.2g} "
-            f"(allowed {MAX_LOGPROB_DIFFERENCE:g})"
+            f"(allowed {tolerance.difference:g})"
         )
     return parity
 
@@ -131,34 +137,10 @@ def _greedy_in_vllm(
     directory: Path, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[list[int]], list[list[float]]]:
     check_vllm_installed()
-    environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    with tempfile.TemporaryDirectory(prefix="compress-verify-") as folder:
-        request, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
-        request.write_text(
-            json.dumps(
-                {
-                    "directory": str(directory.resolve()),
-                    "prompts": [list(map(int, prompt)) for prompt in prompts],
-                    "new_tokens": NEW_TOKENS,
-                }
-            )
-        )
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "compress.vllm_greedy", str(request), str(reply)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=TIMEOUT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise LeanRecError(f"{directory}: vLLM did not answer in {TIMEOUT_SECONDS} s") from error
-        if done.returncode or not reply.exists():
-            lines = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
-            why = lines[-1].strip() if lines else f"exit code {done.returncode}"
-            raise LeanRecError(f"{directory}: vLLM could not run it: {why}")
-        answer = json.loads(reply.read_text(encoding="utf-8"))
+    request = {
+        "directory": str(directory.resolve()),
+        "prompts": [list(map(int, prompt)) for prompt in prompts],
+        "new_tokens": NEW_TOKENS,
+    }
+    answer = run_apart("compress.vllm_greedy", request, directory)
     return answer["tokens"], answer["logprobs"]
