@@ -42,6 +42,24 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
+def import_vllm() -> Any:
+    """Return the module `vllm`, with all that `LLM` needs imported.
+
+    Raises:
+        LeanRecError: vLLM is not installed.
+    """
+    prepare_environment()
+    try:
+        import vllm
+
+        _ = vllm.LLM  # imported when it is first named
+    except ImportError as error:
+        raise LeanRecError(
+            f"vllm: cannot be imported ({error}); install the extra `leanrec[cpu]` or `leanrec[gpu]`"
+        ) from error
+    return vllm
+
+
 def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
     """Return vLLM's `LLM` for a recommender, as a model that gives hidden states.
 
@@ -51,13 +69,7 @@ def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
     Raises:
         LeanRecError: vLLM is not installed, or refuses the model or an argument.
     """
-    prepare_environment()
-    try:
-        import vllm
-    except ImportError as error:
-        raise LeanRecError(
-            f"vllm: cannot be imported ({error}); install the extra `leanrec[cpu]` or `leanrec[gpu]`"
-        ) from error
+    vllm = import_vllm()
     try:
         return vllm.LLM(**(_chosen(recommender) | dict(arguments)))
     except Exception as error:  # whatever vLLM's layers raise: it is about the model or an argument

@@ -1,7 +1,9 @@
 """From a recommender directory to an engine that can be served."""
 
 import argparse
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,14 +25,39 @@ def load_in_vllm(directory: Path, vllm_arguments: Sequence[str]) -> Loaded:
         UsageError: an argument vLLM does not know or the service cannot let go.
         LeanRecError: the directory is not a sound recommender, or vLLM refuses it.
     """
+    with _everything_stays():
+        return _load(directory, vllm_arguments)
+
+
+@contextmanager
+def _everything_stays() -> Iterator[None]:
+    """Collect no garbage while modules are imported and the engine is made: a million objects, all to stay.
+
+    Collections would walk them many times over, a fifth of the whole start, and later ones would stop the
+    event loop.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _load(directory: Path, vllm_arguments: Sequence[str]) -> Loaded:
     recommender = read_recommender(directory)
     check_supported(recommender.config, str(directory))
     golden = GoldenSource(directory)
     # Slow to import, and not needed where the directory is not sound.
     from models.vllm_engine import open_engine
+    from models.vllm_model import import_vllm
 
     try:
-        engine = open_engine(recommender, arguments=parse_engine_arguments(vllm_arguments))
+        import_vllm()
+        arguments = parse_engine_arguments(vllm_arguments)
+        gc.collect()
+        gc.freeze()  # vLLM collects garbage several times while it starts
+        engine = open_engine(recommender, arguments=arguments)
         config = engine.llm.llm_engine.vllm_config
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         if dtype not in BYTES:
