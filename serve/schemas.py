@@ -46,7 +46,7 @@ class AttributeRange(BaseModel):
 
 AttributeValues = Annotated[
     list[Annotated[str, StringConstraints(max_length=1024)] | bool | Number],
-    Field(min_length=1, max_length=MAX_FILTER_VALUES),
+    Field(min_length=1, max_length=MAX_FILTER_VALUES, fail_fast=True),
 ]
 
 
@@ -74,22 +74,27 @@ class RecommendRequest(BaseModel):
     history: list[ItemId] | None = Field(
         None,
         max_length=MAX_HISTORY,
+        fail_fast=True,
         description="Item ids, oldest first. The newest that fit the prompt are read. "
         "Unknown ones are skipped and told in `unknown_items`; if none is known, the answer is the cold "
         "start: the most popular items.",
     )
     history_titles: list[Title] | None = Field(
-        None, max_length=MAX_HISTORY, description="Titles in place of ids, oldest first."
+        None, max_length=MAX_HISTORY, fail_fast=True, description="Titles in place of ids, oldest first."
     )
     k: int = Field(10, ge=1, le=MAX_K, description="How many items are wanted.")
     exclude_history: bool = Field(True, description="Leave out the items of the history.")
     exclude: list[ItemId] = Field(
-        default_factory=list, max_length=MAX_HISTORY, description="Further item ids to leave out."
+        default_factory=list,
+        max_length=MAX_HISTORY,
+        fail_fast=True,
+        description="Further item ids to leave out.",
     )
     candidates: list[ItemId] | None = Field(
         None,
         min_length=1,
         max_length=MAX_CANDIDATES,
+        fail_fast=True,
         description="The only item ids that may be recommended; unknown ones are told in `unknown_items`.",
     )
     filters: dict[Annotated[str, StringConstraints(max_length=256)], AttributeCondition] | None = Field(
@@ -102,6 +107,13 @@ class RecommendRequest(BaseModel):
     user_id: str | None = Field(
         None, max_length=256, description="Accepted for the caller's own use; not read."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, given: object) -> object:
+        if isinstance(given, dict) and len(given) > 2 * len(cls.model_fields):
+            raise ValueError(f"has {len(given)} fields; the schema knows {len(cls.model_fields)}")
+        return given
 
     @model_validator(mode="after")
     def _one_history(self) -> "RecommendRequest":

@@ -1,6 +1,7 @@
 """The service behind the HTTP: an engine with its life, its catalogue and its queue."""
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from models.families import Shape, Traits, count_parameters
 from models.golden import Golden
 from models.search import SearchRequest, SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
+from serve.building import make_shelf
 from serve.metrics import STAGES, Metrics
 from serve.problems import ServiceProblem, unavailable
 from serve.recommend import Prepared, cold_start, is_heavy, prepare, recommended_items
@@ -162,7 +164,7 @@ class Service:
         async with self._swapping:
             loaded, batcher, _ = self._serving()
             try:
-                shelf = await asyncio.to_thread(_make_shelf, loaded, parse)
+                shelf = await self._shelf_of(loaded, parse)
                 await self._adopt(batcher, shelf)
             except Exception:
                 self.metrics.catalog_changes.labels(source, "refused").inc()
@@ -174,6 +176,9 @@ class Service:
                 items=len(shelf.catalog),
                 distinct_titles=shelf.trie.num_leaves,
             )
+
+    async def _shelf_of(self, loaded: Loaded, read: Callable[[], Catalog]) -> Shelf:
+        return await asyncio.to_thread(lambda: make_shelf(loaded.recommender, read(), loaded.max_length))
 
     async def _adopt(self, batcher: Batcher, shelf: Shelf) -> None:
         """Make the engine take a catalogue between two batches, and serve it from then on."""
@@ -244,7 +249,7 @@ class Service:
             file = self._catalog_file
             known = signature(file) if file else None
             if file:
-                shelf = await asyncio.to_thread(_make_shelf, loaded, partial(read_catalog, file))
+                shelf = await self._shelf_of(loaded, partial(read_catalog, file))
                 await self._adopt(batcher, shelf)
         except Exception as error:
             self.failure, self.state = error, "failed"
@@ -302,14 +307,6 @@ def _warm_shelf(recommender: Recommender) -> Shelf:
 
 def _warm_engine(loaded: Loaded) -> None:
     warm_up(loaded.engine, loaded.recommender, loaded.golden(), loaded.dtype, loaded.limits.requests)
-
-
-def _make_shelf(loaded: Loaded, parse: Callable[[], Catalog]) -> Shelf:
-    shelf = Shelf.with_catalog(loaded.recommender, parse())
-    shelf.fill()
-    if 2 * shelf.deepest > loaded.max_length:
-        raise LeanRecError(
-            f"catalogue: a title takes {shelf.deepest} tokens; with --max-model-len {loaded.max_length} "
-            "there is no room for a history before it"
-        )
-    return shelf
+    # What was loaded stays: a full collection would walk all of torch and vLLM and hold every request.
+    gc.collect()
+    gc.freeze()

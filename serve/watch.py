@@ -20,7 +20,7 @@ def signature(path: Path) -> Signature:
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-async def changes(path: Path, known: Signature, poll_s: float = POLL_S) -> AsyncIterator[None]:
+async def changes(path: Path, known: Signature) -> AsyncIterator[None]:
     """Yield after every change of a file, once it has been left alone for a poll and is there.
 
     Args:
@@ -28,7 +28,7 @@ async def changes(path: Path, known: Signature, poll_s: float = POLL_S) -> Async
     """
     seen = known
     while True:
-        await asyncio.sleep(poll_s)
+        await asyncio.sleep(POLL_S)
         now = await asyncio.to_thread(signature, path)
         if now is not None and now == seen and now != known:
             known = now

@@ -1,0 +1,81 @@
+"""A new catalogue made ready while another is served.
+
+The trie of a large one is built in a process of its own, at low priority: in this one it would hold the
+interpreter, and with it every request.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from models.catalog import Catalog, read_catalog, write_catalog
+from models.checkpoint import Recommender, read_recommender
+from models.errors import LeanRecError, UsageError, run_command
+from models.index import INDEX, load_index, save_index
+from models.prompt import Prompter
+from models.trie import Trie
+from serve.shelf import Shelf
+
+APART = 50_000
+"""Items from which on to build takes longer than to start a process."""
+NICE = 5
+_CATALOG = "catalog.parquet"
+
+
+def make_shelf(recommender: Recommender, catalog: Catalog, max_length: int) -> Shelf:
+    """Return another catalogue for a recommender, with all that requests will need.
+
+    Raises:
+        LeanRecError: its titles cannot make a trie, or are too long for the model.
+    """
+    if len(catalog) < APART:
+        shelf = Shelf.with_catalog(recommender, catalog)
+    else:
+        trie = _build_apart(recommender.directory, catalog)
+        titles = catalog.titles
+        prompter = Prompter(recommender.tokenizer, recommender.prompt, titles, lambda: trie.title_tokens)
+        shelf = Shelf(catalog, prompter, trie)
+    shelf.fill()
+    if 2 * shelf.deepest > max_length:
+        raise LeanRecError(
+            f"catalogue: a title takes {shelf.deepest} tokens; with --max-model-len {max_length} "
+            "there is no room for a history before it"
+        )
+    return shelf
+
+
+def _build_apart(directory: Path, catalog: Catalog) -> Trie:
+    with TemporaryDirectory(prefix="leanrec-catalog-") as folder:
+        write_catalog(Path(folder) / _CATALOG, replace(catalog, attributes={}))
+        done = subprocess.run(
+            [sys.executable, "-m", "serve.building", str(directory), folder],
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise LeanRecError(last.removeprefix("error: "))
+        return load_index(Path(folder) / INDEX, folder)  # the mapping outlives the file
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the index of the catalogue in a folder."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2:
+        raise UsageError("usage: python -m serve.building RECOMMENDER_DIRECTORY FOLDER")
+    os.nice(NICE)
+    directory, folder = map(Path, arguments)
+    recommender = replace(read_recommender(directory), catalog=read_catalog(folder / _CATALOG))
+    save_index(folder / INDEX, str(folder), recommender.trie)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
