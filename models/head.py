@@ -21,43 +21,43 @@ class ChildHead:
         tokens, compact = np.unique(trie.child_tokens, return_inverse=True)
         rows = torch.from_numpy(tokens.astype(np.int64)).to(weight.device)
         self.weight = weight.detach()[rows].float()
-        self._offsets = trie.child_offsets
+        self._trie = trie
         self._children = torch.from_numpy(compact.astype(np.int64)).to(weight.device)
-        self._root_weight = self.weight[self._children[: int(self._offsets[1])]]
+        self._root_weight = self.weight[self._children[: int(trie.child_offsets[1])]]
 
     @torch.inference_mode()
-    def log_probs(self, hidden: torch.Tensor, nodes: Sequence[int]) -> list[np.ndarray]:
-        """Return log-probabilities over the children of each node, fp32.
+    def log_probs(self, hidden: torch.Tensor, nodes: Sequence[int]) -> np.ndarray:
+        """Return log-probabilities over the children of each node, node after node, fp32 `[children of all]`.
 
         Args:
             hidden: Final hidden state (after the last norm) at each node's prefix, `[nodes, hidden]`.
         """
         ids = np.asarray(nodes, np.int64)
         hidden = hidden.float()
-        results: list[np.ndarray | None] = [None] * len(ids)
-        at_root = np.flatnonzero(ids == 0)
-        if len(at_root):
-            # All requests share the root's children: one dense product.
-            scores = torch.log_softmax(
-                hidden[torch.from_numpy(at_root).to(hidden.device)] @ self._root_weight.T, -1
-            )
-            for position, row in zip(at_root.tolist(), scores.cpu().numpy(), strict=True):
-                results[position] = row
-        inner = np.flatnonzero(ids)
-        if len(inner):
-            starts, stops = self._offsets[ids[inner]], self._offsets[ids[inner] + 1]
-            counts = stops - starts
-            ends = np.cumsum(counts)
-            flat = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
-            device = hidden.device
-            segments = torch.from_numpy(np.repeat(np.arange(len(inner)), counts)).to(device)
-            weight = self.weight[self._children[torch.from_numpy(flat).to(device)]]
-            states = hidden[torch.from_numpy(inner).to(device)]
-            logits = torch.linalg.vecdot(weight, states[segments])
-            flat_scores = segment_log_softmax(logits, segments, len(inner)).cpu().numpy()
-            for position, row in zip(inner.tolist(), np.split(flat_scores, ends[:-1]), strict=True):
-                results[position] = row
-        return results  # type: ignore[return-value]
+        at_root = ids == 0
+        if at_root.all():
+            return self._at_root(hidden)
+        if not at_root.any():
+            return self._inside(hidden, ids)
+        counts = self._trie.child_offsets[ids + 1] - self._trie.child_offsets[ids]
+        is_root = np.repeat(at_root, counts)
+        scores = np.empty(len(is_root), np.float32)
+        mask = torch.from_numpy(at_root).to(hidden.device)
+        scores[is_root] = self._at_root(hidden[mask])
+        scores[~is_root] = self._inside(hidden[~mask], ids[~at_root])
+        return scores
+
+    def _at_root(self, hidden: torch.Tensor) -> np.ndarray:
+        # All requests share the root's children: one dense product.
+        return torch.log_softmax(hidden @ self._root_weight.T, -1).flatten().cpu().numpy()
+
+    def _inside(self, hidden: torch.Tensor, nodes: np.ndarray) -> np.ndarray:
+        positions, ends = self._trie.child_positions(nodes)
+        counts = np.diff(ends, prepend=0)
+        segments = torch.from_numpy(np.repeat(np.arange(len(nodes)), counts)).to(hidden.device)
+        weight = self.weight[self._children[torch.from_numpy(positions).to(hidden.device)]]
+        logits = torch.linalg.vecdot(weight, hidden[segments])
+        return segment_log_softmax(logits, segments, len(nodes)).cpu().numpy()
 
 
 def segment_log_softmax(logits: torch.Tensor, segments: torch.Tensor, count: int) -> torch.Tensor:

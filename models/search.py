@@ -75,7 +75,7 @@ class BestFirstSearch:
     _runs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _newest: list[tuple[float, int]] = field(default_factory=list)
     _done: list[tuple[float, int, int]] = field(default_factory=list)
-    _expanding: dict[int, float] = field(default_factory=dict)
+    _chosen: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         subset, excluded = self.request.subset, self.request.excluded
@@ -97,36 +97,48 @@ class BestFirstSearch:
             return []
         chosen = self._dive() if finishing and self._newest else self._best(max(left, 1))
         self._newest = []
-        self._expanding = {}
+        self._chosen = {node: score for score, node in chosen}
         nodes: list[int] = []
-        for score, node in chosen:
-            self._expanding[node] = score
-            small = self.trie.subtree_nodes[node] <= self.settings.subtree + 1
+        for node in self._chosen:
+            small = 1 < self.trie.subtree_nodes[node] <= self.settings.subtree + 1
             nodes += self._descendants(node) if small else [node]
-        for node in nodes:
-            self._expanding.setdefault(node, 0.0)
         self.steps += bool(nodes)
         self.expansions += len(nodes)
         return nodes
 
-    def feed(self, nodes: Sequence[int], log_probs: Sequence[np.ndarray]) -> None:
-        """Take the log-probabilities over the children of each selected node, in the order selected."""
-        for node, children in zip(nodes, log_probs, strict=True):
-            targets = self.trie.children(node)[1]
-            scores = self._expanding[node] + children.astype(np.float64)
-            is_node = targets >= 0
-            if self.request.subset is not None:
-                is_node &= self.request.subset.nodes[np.maximum(targets, 0)]
-            self._finish(scores[targets < 0], ~targets[targets < 0])
-            node_scores, node_targets = scores[is_node], targets[is_node]
-            if len(self._expanding) > 1 and len(node_targets):
-                opened = np.array([int(t) in self._expanding for t in node_targets.tolist()])
-                for score, target in zip(
-                    node_scores[opened].tolist(), node_targets[opened].tolist(), strict=True
-                ):
-                    self._expanding[target] = score
-                node_scores, node_targets = node_scores[~opened], node_targets[~opened]
-            self._push(node_scores, node_targets)
+    def feed(self, nodes: Sequence[int], log_probs: np.ndarray) -> None:
+        """Take the log-probabilities over the children of the selected nodes, node after node.
+
+        Args:
+            log_probs: float `[children of all]`.
+        """
+        trie = self.trie
+        ids = np.array(nodes, np.int64)
+        positions, ends = trie.child_positions(ids)
+        counts = np.diff(ends, prepend=0)
+        scores = log_probs.astype(np.float64)
+        targets = trie.child_targets[positions]
+        is_leaf = targets < 0
+        is_open = ~is_leaf
+        if len(self._chosen) == len(nodes):
+            scores += np.repeat([self._chosen[node] for node in nodes], counts)
+        else:
+            # Some were selected with their parent: its score and their edge's make theirs.
+            starts, where = (ends - counts).tolist(), dict(zip(nodes, range(len(nodes)), strict=True))
+            for index, node in enumerate(nodes):
+                score = self._chosen.get(node)
+                if score is None:
+                    above = int(trie.parent[node])
+                    edge = int(trie.position_of_node[node]) - int(trie.child_offsets[above])
+                    place = starts[where[above]] + edge
+                    score = scores[place]
+                    is_open[place] = False
+                scores[starts[index] : starts[index] + counts[index]] += score
+        if self.request.subset is not None:
+            is_open &= self.request.subset.nodes[np.maximum(targets, 0)]
+        # Leaves first: what they raise the bar to, fewer nodes pass.
+        self._finish(scores[is_leaf], ~targets[is_leaf])
+        self._push(scores[is_open], targets[is_open])
 
     def result(self) -> SearchResult:
         """Return the best items found."""
@@ -150,12 +162,13 @@ class BestFirstSearch:
         scores, nodes = scores[keep], nodes[keep]
         if not len(nodes):
             return
-        order = np.argsort(-scores, kind="stable")
-        self._runs.append((-scores[order], nodes[order]))
-        self._newest += zip(
-            (-scores[order])[: self.settings.width].tolist(), nodes[order].tolist(), strict=False
-        )
-        heapq.heappush(self._open, (float(-scores[order[0]]), int(nodes[order[0]]), len(self._runs) - 1, 0))
+        negated = -scores
+        order = np.argsort(negated)
+        negated, nodes = negated[order], nodes[order]
+        self._runs.append((negated, nodes))
+        width = self.settings.width
+        self._newest += zip(negated[:width].tolist(), nodes[:width].tolist(), strict=True)
+        heapq.heappush(self._open, (float(negated[0]), int(nodes[0]), len(self._runs) - 1, 0))
 
     def _pop(self) -> tuple[float, int]:
         negated, node, run, position = self._open[0]
@@ -204,22 +217,26 @@ class BestFirstSearch:
         subset = self.request.subset
         if subset is not None:
             keep &= subset.leaves[leaves]
-        scores, leaves = scores[keep], leaves[keep]
-        entered, last = 0, -np.inf
-        for position in np.argsort(-scores, kind="stable").tolist():
-            score, leaf = float(scores[position]), int(leaves[position])
-            if entered >= self._goal and score < last:
-                break
-            start, stop = self.trie.leaf_item_offsets[leaf : leaf + 2]
+        negated, leaves = -scores[keep], leaves[keep]
+        if not len(leaves):
+            return
+        excluded = self.request.excluded
+        most = self._goal + len(excluded)
+        if len(leaves) > most:
+            # Every leaf has an item that may be returned, but for at most one leaf an excluded item.
+            best = negated <= np.partition(negated, most - 1)[most - 1]
+            negated, leaves = negated[best], leaves[best]
+        order = self.trie.item_order
+        starts = self.trie.leaf_item_offsets[leaves].tolist()
+        stops = self.trie.leaf_item_offsets[leaves + 1].tolist()
+        for score, start, stop in zip(negated.tolist(), starts, stops, strict=True):
             rows = self.trie.leaf_items[start:stop]
             if subset is not None:
                 rows = rows[subset.rows[rows]]
             # In a leaf the popular come first: beyond the k-th that is left none can be returned.
-            for row in rows[: self._goal + len(self.request.excluded)].tolist():
-                if row in self.request.excluded:
-                    continue
-                self._done.append((-score, int(self.trie.item_order[row]), row))
-                entered, last = entered + 1, score
+            for row in rows[:most].tolist():
+                if row not in excluded:
+                    self._done.append((score, int(order[row]), row))
         # Always in order: the threshold is read from the list's end.
         self._done.sort()
         del self._done[self._goal :]
@@ -227,22 +244,26 @@ class BestFirstSearch:
 
 def run_searches(
     searches: Sequence[BestFirstSearch],
-    expand: Callable[[list[tuple[int, int]]], list[np.ndarray]],
+    expand: Callable[[list[tuple[int, int]]], np.ndarray],
 ) -> list[SearchResult]:
     """Run searches in step and return their results.
 
     Args:
-        expand: Given (search index, node) pairs, returns log-probabilities over each node's children. A
-            pair's parent node was asked for before it, in an earlier call or earlier in the same one.
+        expand: Given (search index, node) pairs, returns log-probabilities over each node's children, pair
+            after pair. A pair's parent node was asked for before it, in an earlier call or in the same one.
     """
     while True:
-        asked = [(index, search.select()) for index, search in enumerate(searches)]
-        pairs = [(index, node) for index, nodes in asked for node in nodes]
+        asked = [(search, search.select()) for search in searches]
+        pairs = [(index, node) for index, (_, nodes) in enumerate(asked) for node in nodes]
         if not pairs:
             return [search.result() for search in searches]
         scored = expand(pairs)
-        start = 0
-        for index, nodes in asked:
+        opened = np.array([node for _, node in pairs])
+        offsets = searches[0].trie.child_offsets
+        ends = np.append(0, np.cumsum(offsets[opened + 1] - offsets[opened]))
+        first = 0
+        for search, nodes in asked:
             if nodes:
-                searches[index].feed(nodes, scored[start : start + len(nodes)])
-            start += len(nodes)
+                last = first + len(nodes)
+                search.feed(nodes, scored[ends[first] : ends[last]])
+                first = last

@@ -64,7 +64,7 @@ class TransformersEngine:
             prefilled = time.perf_counter()
             searches = [BestFirstSearch(self.trie, requests[i], self.settings) for i in indices]
 
-            def expand(pairs: list[tuple[int, int]], tree: _TreeCache = tree) -> list[np.ndarray]:
+            def expand(pairs: list[tuple[int, int]], tree: _TreeCache = tree) -> np.ndarray:
                 return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
 
             found = run_searches(searches, expand)
@@ -89,8 +89,10 @@ class TransformersEngine:
             pairs = [(b, node) for b, (nodes, _) in enumerate(paths) for node in nodes]
             choices = [choice for _, picks in paths for choice in picks]
             found = self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
-            for (b, _), choice, row in zip(pairs, choices, found, strict=True):
-                scores[indices[b]] += row[choice]
+            widths = [len(self.trie.children(node)[0]) for _, node in pairs]
+            starts = np.cumsum([0, *widths[:-1]])
+            for (b, _), place in zip(pairs, (starts + choices).tolist(), strict=True):
+                scores[indices[b]] += found[place]
         self.model.train(was_training)
         return scores
 

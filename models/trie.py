@@ -97,6 +97,28 @@ class Trie:
         span = slice(self.child_offsets[node], self.child_offsets[node + 1])
         return self.child_tokens[span], self.child_targets[span]
 
+    def child_positions(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in the child arrays the children of several nodes stand, node after node.
+
+        Args:
+            nodes: int64 `[nodes]`.
+
+        Returns:
+            The places int64 `[children of all]`, and where in them each node's children end, `[nodes]`.
+        """
+        starts = self.child_offsets[nodes]
+        counts = self.child_offsets[nodes + 1] - starts
+        ends = np.cumsum(counts)
+        return np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts), ends
+
+    @cached_property
+    def position_of_node(self) -> np.ndarray:
+        """int32 `[nodes]`: where in the child arrays each node stands; -1 for the root."""
+        positions = np.full(self.num_nodes, -1, np.int32)
+        is_node = self.child_targets >= 0
+        positions[self.child_targets[is_node]] = np.flatnonzero(is_node)
+        return positions
+
     def branches_of_leaf(self, leaf: int) -> tuple[list[int], list[int]]:
         """Return the nodes on the way to a leaf, root first, and which child each one takes."""
         nodes, choices = [], []

@@ -55,7 +55,7 @@ class PoolingEngine:
         begun = time.perf_counter()
         prefilled: list[float] = []
 
-        def expand(pairs: list[tuple[int, int]]) -> list[np.ndarray]:
+        def expand(pairs: list[tuple[int, int]]) -> np.ndarray:
             hidden = self._hidden(
                 [[*requests[i].prompt, *self._trie.path(node).tolist()] for i, node in pairs]
             )

@@ -199,8 +199,8 @@ class _Expansion:
         self._lease = lease
         self._held: list[int] = []
 
-    def expand(self, pairs: list[tuple[int, int]]) -> list[np.ndarray]:
-        """Return log-probabilities over the children of each (sequence, node)."""
+    def expand(self, pairs: list[tuple[int, int]]) -> np.ndarray:
+        """Return log-probabilities over the children of each (sequence, node), pair after pair."""
         roots = [pair for pair in pairs if pair[1] == 0]
         rows = {pair: row for row, pair in enumerate(roots)}
         states = [self._root_hidden[[index for index, _ in roots]]]
