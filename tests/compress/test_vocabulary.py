@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,8 @@ from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
 from models.trie import build_trie
 from models.vocabulary import trim_vocabulary, trimmed_recommender
-from tests.byte_level import STYLES, corpus, make_full, tokenizer
+from tests.byte_level import STYLES, make_full, tokenizer
+from tests.tiny import tiny_model
 
 BIGREC = (
     'The user watched: {% for title in history %}"{{ title }}"{% if not loop.last %}, {% endif %}'
@@ -131,18 +133,17 @@ def test_text_whose_tokens_are_kept_is_encoded_as_before(style, texts):
 
 
 def test_every_way_to_make_a_token_is_kept_and_merges_may_be_pairs_or_text():
-    vocabulary = {**{symbol: n for n, symbol in enumerate(bpe.PRINTABLE)}}
-    for text in ("ab", "bc", "abc", "cd"):
-        vocabulary[text] = len(vocabulary)
+    vocabulary = {text: n for n, text in enumerate(("cd", *bpe.PRINTABLE, "ab", "bc", "abc"))}
     pairs = [["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"], ["c", "d"]]
     description = {
         "added_tokens": [],
         "pre_tokenizer": {"type": "ByteLevel"},
-        "post_processor": {"type": "RobertaProcessing", "sep": ["b", vocabulary["b"]], "cls": ["a", 64]},
+        "post_processor": {"type": "RobertaProcessing", "sep": ["b", vocabulary["b"]], "cls": ["!", 1]},
         "padding": {"pad_id": vocabulary["z"]},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": pairs},
     }
     as_text = {**description, "model": {**description["model"], "merges": [" ".join(p) for p in pairs]}}
+    original = json.dumps(description)
     for form in (description, as_text):
         bpe.check_byte_level(form, "form")
         kept = bpe.closed(form, {vocabulary["abc"]})
@@ -153,7 +154,8 @@ def test_every_way_to_make_a_token_is_kept_and_merges_may_be_pairs_or_text():
         assert result["model"]["vocab"]["abc"] == len(kept) - 1
         assert result["post_processor"]["sep"] == ["b", result["model"]["vocab"]["b"]]
         assert result["padding"]["pad_id"] == result["model"]["vocab"]["z"]
-    assert vocabulary["abc"] == description["model"]["vocab"]["abc"], "the original is left as it was"
+        assert result["model"]["vocab"]["z"] == vocabulary["z"] - 1
+    assert json.dumps(description) == original, "the original is left as it was"
 
 
 def test_the_rows_up_to_a_multiple_of_64_are_the_tokens_learnt_first():
@@ -166,21 +168,40 @@ def test_the_rows_up_to_a_multiple_of_64_are_the_tokens_learnt_first():
     assert more == learnt[: len(more)]
 
 
-def test_no_row_is_made_up_where_the_tokenizer_has_no_more_tokens():
-    words = tokenizer("qwen2")
-    catalog = make_catalog(["a"], [" ".join(corpus())], None, "test")
-    for vocab_size in (len(words), len(words) + 7, len(words) + 100):
-        before = Recommender(
-            directory=Path("models/some"),
-            config=LlamaConfig(vocab_size=vocab_size),
-            tokenizer=words,
-            catalog=catalog,
-            prompt=PromptConfig(),
-        )
-        rows = trimmed_recommender(before, NO_HISTORIES).rows
-        assert len(set(rows.tolist())) == len(rows)
-        assert rows.max() < vocab_size
-        assert len(rows) % 64 == 0 or len(rows) == vocab_size
+@pytest.mark.parametrize("unused", [0, 7, 100])
+def test_no_row_is_made_up_where_the_tokenizer_has_no_more_tokens(unused):
+    words = tokenizer("smollm2")
+    description = json.loads(words.backend_tokenizer.to_str())
+    used = sorted(bpe.closed(description, words("Red River\n")["input_ids"]))
+    missing = -len(used) % 64
+    assert missing > 7
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(bpe.trimmed(description, used)))
+    )
+    before = Recommender(
+        directory=Path("models/some"),
+        config=LlamaConfig(vocab_size=len(used) + unused),
+        tokenizer=words,
+        catalog=make_catalog(["a"], ["Red River"], None, "test"),
+        prompt=PromptConfig(),
+    )
+    assert trimmed_recommender(before, NO_HISTORIES).rows.tolist() == list(
+        range(len(used) + min(unused, missing))
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-untied"])
+def test_rows_that_land_on_one_another_are_sliced_once(full, family):
+    before, dataset = full
+    trimmed = trimmed_recommender(before, dataset.train)
+    model = tiny_model(family, 1280, num_layers=1)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [layer.weight.detach().clone() for layer in layers]
+    rows = np.arange(1, 1280, 2)
+    sliced = replace(trimmed, rows=rows).slice(model)
+    layers = (sliced.get_input_embeddings(), sliced.get_output_embeddings())
+    for layer, weight in zip(layers, weights, strict=True):
+        assert torch.equal(layer.weight, weight[torch.from_numpy(rows)])
 
 
 @pytest.mark.parametrize(
