@@ -74,7 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     def load() -> Loaded:
         from serve.loading import load_in_vllm
 
-        return load_in_vllm(options.model, vllm_arguments)
+        loaded = load_in_vllm(options.model, vllm_arguments)
+        # What was loaded stays: a full collection would walk all of torch and vLLM and hold every request.
+        gc.collect()
+        gc.freeze()
+        return loaded
 
     service = Service(load, options.catalog, options.reload_catalog)
     logging.getLogger("serve").info("listening on http://%s:%d, loading %s", host, port, options.model)

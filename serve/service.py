@@ -1,7 +1,6 @@
 """The service behind the HTTP: an engine with its life, its catalogue and its queue."""
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Callable
@@ -307,6 +306,3 @@ def _warm_shelf(recommender: Recommender) -> Shelf:
 
 def _warm_engine(loaded: Loaded) -> None:
     warm_up(loaded.engine, loaded.recommender, loaded.golden(), loaded.dtype, loaded.limits.requests)
-    # What was loaded stays: a full collection would walk all of torch and vLLM and hold every request.
-    gc.collect()
-    gc.freeze()

@@ -1,5 +1,6 @@
 """POST /recommend: what is answered, and to what."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -8,6 +9,9 @@ import pytest
 
 from models.checkpoint import Recommender
 from models.search import SearchRequest
+from serve import service
+from serve.recommend import prepare
+from serve.schemas import RecommendRequest
 from serve.service import Loaded
 
 
@@ -78,6 +82,36 @@ def test_probabilities_add_up_to_one(client: httpx.Client, recommender: Recommen
     for item in items:
         if item not in shared or not history:
             assert item["probability"] == pytest.approx(np.exp(item["score"]))
+
+
+def test_a_hundred_thousand_candidates(client: httpx.Client) -> None:
+    strangers = [f"{n:036}" for n in range(100_000 - 40)]  # as long as UUIDs
+    answer = ask(client, history=["i5"], k=100, candidates=[*(f"i{n}" for n in range(40)), *strangers])
+    assert {item["item_id"] for item in answer["items"]} == {f"i{n}" for n in range(40) if n != 5}
+    assert answer["unknown_items"] == strangers
+    response = client.post("/recommend", json={"history": ["i5"], "candidates": ["x"] * 100_001})
+    assert response.status_code == 422
+    assert "candidates" in response.json()["detail"]
+
+
+def test_long_lists_hold_nobody_up(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked up beside the event loop: others are answered meanwhile."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slowly(request: RecommendRequest, *rest: object) -> object:
+        if request.candidates:
+            begun.set()
+            assert go_on.wait(60)
+        return prepare(request, *rest)
+
+    monkeypatch.setattr(service, "prepare", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(ask, client, history=["i5"], candidates=[f"i{n}" for n in range(2000)])
+        assert begun.wait(60)
+        assert len(ask(client, history=["i6"])["items"]) == 10
+        assert not long.done()
+        go_on.set()
+        assert len(long.result()["items"]) == 10
 
 
 def test_fewer_than_asked_is_all_there_is(client: httpx.Client) -> None:
@@ -180,3 +214,4 @@ def test_metrics_count_what_happened(client: httpx.Client) -> None:
     assert value("leanrec_catalog{") == 1
     assert value("leanrec_stage_seconds_count") > 0
     assert value("leanrec_prompt_tokens_total") > 0
+    assert value("leanrec_event_loop_lag_seconds") > 0
