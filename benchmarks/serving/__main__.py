@@ -44,13 +44,17 @@ def main() -> None:
     options = parser.parse_args()
     directory = trained_recommender(options.data, options.name)
     recommender = read_recommender(directory)
-    entries = [Entry(n, n, directory, REQUESTS[n]) for n in options.contenders if n in REQUESTS]
+    most = max(max(cases.values()) for cases in REQUESTS.values())
+    workload = make_workload(recommender, options.data, (options.rounds + 1) * 4 * most)
+
+    def entry(title: str, name: str, made: Path) -> Entry:
+        return Entry(title, name, made, REQUESTS[name], workload, recommender.config)
+
+    entries = [entry(name, name, directory) for name in options.contenders if name in REQUESTS]
     if "worker-int8" in options.contenders:
-        entries.append(Entry("worker-int8", "worker", quantised(directory), REQUESTS["worker"]))
-    count = (options.rounds + 1) * 4 * max(max(entry.requests.values()) for entry in entries)
-    workload = make_workload(recommender, options.data, count)
+        entries.append(entry("worker-int8", "worker", quantised(directory)))
     machine = describe_machine()
-    race = run_race(entries, workload, recommender.config, options.rounds, RUNS / "logs")
+    race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": options.name,
         "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
@@ -60,14 +64,7 @@ def main() -> None:
         "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    found = rows(
-        race,
-        entries,
-        config=recommender.config,
-        workload=workload,
-        reference="worker",
-        facts=facts,
-    )
+    found = rows(race, entries, reference="worker", facts=facts)
     kept = [row for row in _earlier() if row["data"] != options.name]
     write_json(HERE / "results.json", [*kept, *found])
     write_text(HERE / "report.html", render([*kept, *found]))

@@ -1,6 +1,6 @@
 """One contender in a process of its own: reads work as JSON lines, writes what it measured.
 
-python -m benchmarks.serving.contender NAME DIRECTORY
+python -m benchmarks.serving.contender NAME DIRECTORY [MAX_EXPANSIONS]
 """
 
 import json
@@ -27,12 +27,14 @@ class EngineContender:
     batch = 8
     """What the service's batcher puts together at most."""
 
-    def __init__(self, directory: Path, kind: Any) -> None:
+    def __init__(self, directory: Path, kind: Any, max_expansions: int | None) -> None:
         from models.checkpoint import read_recommender
+        from models.search import SearchSettings
         from models.vllm_engine import open_engine
 
         self.recommender = read_recommender(directory)
-        self.engine = open_engine(self.recommender, kind=kind)
+        settings = SearchSettings(max_expansions=max_expansions) if max_expansions else None
+        self.engine = open_engine(self.recommender, kind=kind, settings=settings)
         if self.engine.name != kind:
             raise RuntimeError(f"the engine is {self.engine.name}, not {kind}")
         self.tokens = 0
@@ -58,10 +60,10 @@ class EngineContender:
         return [Answer(list(r.rows), r.exact, r.expansions, r.scores) for r in results]
 
 
-def open_contender(name: str, directory: Path) -> Any:
+def open_contender(name: str, directory: Path, max_expansions: int | None) -> Any:
     """Load a contender."""
     if name in ("pooling", "worker"):
-        return EngineContender(directory, name)
+        return EngineContender(directory, name, max_expansions)
     from benchmarks.serving import practice
     from models.checkpoint import read_recommender
 
@@ -111,9 +113,13 @@ def closed_loop(
 
 def cpu_seconds() -> float:
     """Return user and system time of this process and all below it."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes())
+
+
+def processes() -> list[psutil.Process]:
+    """Return this process and all below it."""
     this = psutil.Process()
-    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return sum(t.user + t.system for t in times)
+    return [this, *this.children(recursive=True)]
 
 
 def main() -> None:
@@ -121,7 +127,8 @@ def main() -> None:
     name, directory = sys.argv[1], Path(sys.argv[2])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not part of the protocol
-    contender = open_contender(name, directory)
+    budget = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    contender = open_contender(name, directory, budget)
     print("ready", file=out, flush=True)
     loop = getattr(contender, "closed_loop", None)
     for line in sys.stdin:
@@ -137,6 +144,7 @@ def main() -> None:
             "wall_seconds": time.perf_counter() - wall,
             "latencies": latencies,
             "tokens": getattr(contender, "tokens", 0) - tokens,
+            "pss_bytes": sum(process.memory_full_info().pss for process in processes()),
             "answers": [asdict(answer) for answer in answers],
         }
         print(json.dumps(measured), file=out, flush=True)

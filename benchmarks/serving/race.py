@@ -40,6 +40,10 @@ class Entry:
     """What `benchmarks.serving.contender` knows it by"""
     directory: Path
     requests: Mapping[Case, int]
+    workload: Workload
+    config: PreTrainedConfig
+    max_expansions: int | None = None
+    """Budget of the search; None for the engine's own"""
 
 
 @dataclass
@@ -51,6 +55,7 @@ class Measured:
     wall_seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    pss_bytes: int = 0
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By number of the request"""
 
@@ -70,6 +75,8 @@ def process(entry: Entry, logs: Path) -> Iterator[subprocess.Popen[str]]:
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{entry.title}.log"
     command = [sys.executable, "-m", "benchmarks.serving.contender", entry.name, str(entry.directory)]
+    if entry.max_expansions is not None:
+        command.append(str(entry.max_expansions))
     with open(log, "w", encoding="utf-8") as errors:
         running = subprocess.Popen(
             command,
@@ -108,9 +115,7 @@ def ask(running: subprocess.Popen[str], work: Mapping[str, Any]) -> dict[str, An
     return measured
 
 
-def run_race(
-    entries: Sequence[Entry], workload: Workload, config: PreTrainedConfig, rounds: int, logs: Path
-) -> Race:
+def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
     """Measure; the order turns by one every round. A first round warms up and is not counted."""
     measured = {(entry.title, case): Measured() for entry in entries for case in entry.requests}
     rates: list[float] = []
@@ -130,8 +135,8 @@ def run_race(
                     if not count:
                         continue
                     work = {
-                        "prompts": workload.fresh[first : first + count],
-                        "earlier": workload.earlier[first : first + count] if case.returning else [],
+                        "prompts": entry.workload.fresh[first : first + count],
+                        "earlier": entry.workload.earlier[first : first + count] if case.returning else [],
                         "clients": case.clients,
                     }
                     result = ask(running[entry.title], work)
@@ -144,7 +149,7 @@ def run_race(
                     if number:
                         _enter(measured[entry.title, case], result, first, count)
             if number:
-                rates += matrix_rates(config)
+                rates += matrix_rates(entries[0].config)
     return Race(measured, rates)
 
 
@@ -152,6 +157,7 @@ def _enter(measured: Measured, result: Mapping[str, Any], first: int, count: int
     measured.cpu_seconds.append(result["cpu_seconds"] / count)
     measured.wall_seconds.append(result["wall_seconds"] / count)
     measured.latencies += result["latencies"]
+    measured.pss_bytes = result["pss_bytes"]
     measured.tokens.append(result["tokens"] / count)
     if len(result["answers"]) != count:
         raise RuntimeError(f"{len(result['answers'])} answers to {count} requests")
@@ -163,8 +169,6 @@ def rows(
     race: Race,
     entries: Sequence[Entry],
     *,
-    config: PreTrainedConfig,
-    workload: Workload,
     reference: str,
     facts: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
@@ -174,16 +178,17 @@ def rows(
         reference: The contender whose exact answers the others' are compared with.
     """
     rate = float(np.median(race.rates))
-    prompt_tokens = float(np.mean([len(prompt) for prompt in workload.fresh]))
     exact = {
         case: measured.answers for (title, case), measured in race.measured.items() if title == reference
     }
     found = []
     for (title, case), measured in race.measured.items():
-        model = next(entry.directory for entry in entries if entry.title == title)
-        ours = race.measured.get((reference, Case(case.clients)))
+        entry = next(entry for entry in entries if entry.title == title)
+        prompt_tokens = float(np.mean([len(prompt) for prompt in entry.workload.fresh]))
+        own = title if np.mean(measured.tokens) else reference  # only our own engine counts its tokens
+        ours = race.measured.get((own, Case(case.clients)))
         tokens = float(np.mean(ours.tokens)) if ours else 0.0
-        floor = request_flops(config, prompt_tokens, tokens) / rate
+        floor = request_flops(entry.config, prompt_tokens, tokens) / rate
         cpu = float(np.mean(measured.cpu_seconds))
         flags = [a["exact"] for a in measured.answers.values() if a["exact"] is not None]
         overlaps = [
@@ -195,7 +200,7 @@ def rows(
         found.append(
             {
                 "contender": title,
-                "model": model.name,
+                "model": entry.directory.name,
                 "clients": case.clients,
                 "users": case.users,
                 "requests": len(measured.latencies),
@@ -207,6 +212,7 @@ def rows(
                     "p95": float(np.quantile(latencies, 0.95)),
                     "p99": float(np.quantile(latencies, 0.99)) if len(latencies) >= 100 else None,
                 },
+                "pss_bytes": measured.pss_bytes,
                 "tokens_run": float(np.mean(measured.tokens)) or None,
                 "exact_share": float(np.mean(flags)) if flags else None,
                 "overlap@10": float(np.mean(overlaps)) if overlaps else None,

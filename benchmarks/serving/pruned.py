@@ -1,0 +1,119 @@
+"""The pruned model against the full one: requests per CPU second, weights, memory above an empty engine's.
+
+    python -m benchmarks.serving.pruned [--rounds 3]
+
+SmolLM2-135M as it is published, with the catalogue of ML-100K, against the shape that `compress --target 5%
+--vocab catalog` gives it, with random weights: speed depends on the shape alone once both searches open the
+same number of nodes, so both get a budget that neither ends before. Writes `benchmarks/serving/pruned.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.serving.checkpoints import RUNS
+from benchmarks.serving.race import Case, Entry, rows, run_race
+from benchmarks.serving.workload import make_workload
+from loadtest.machine import describe_machine, describe_versions
+from models.atomic import write_json
+from models.checkpoint import Recommender, read_recommender, write_recommender
+from models.data import load_data
+from models.families import Shape, Traits, count_parameters, resized_config
+from models.prompt import PromptConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+DATA = "ml-100k"
+EXPANSIONS = 28
+"""What a search of a trained model with MovieLens titles opens on average."""
+CASES = {Case(1): 16, Case(16): 64}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.pruned")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    full = _full(RUNS / "smollm2-135m")
+    pruned = _pruned(full, RUNS / "smollm2-135m-pruned-5")
+    empty = _empty(pruned, RUNS / "empty")
+    entries = [_entry(recommender, options.rounds) for recommender in (full, pruned, empty)]
+    machine = describe_machine()
+    race = run_race(entries, options.rounds, RUNS / "logs")
+    facts = {
+        "data": DATA,
+        "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+        "versions": describe_versions(),
+    }
+    found = rows(race, entries, reference=full.directory.name, facts=facts)
+    counts = {
+        r.directory.name: count_parameters(Shape.of(r.config), Traits.of(r.config))
+        for r in (full, pruned, empty)
+    }
+    for row in found:
+        row["weights_bytes"] = 2 * counts[row["model"]].total  # served in bf16
+        row["non_embedding"] = counts[row["model"]].non_embedding
+    write_json(Path("benchmarks/serving/pruned.json"), found)
+    print(json.dumps(found, indent=1))
+
+
+def _entry(recommender: Recommender, rounds: int) -> Entry:
+    workload = make_workload(recommender, DATA, (rounds + 1) * len(CASES) * max(CASES.values()))
+    name = recommender.directory.name
+    return Entry(name, "worker", recommender.directory, CASES, workload, recommender.config, EXPANSIONS)
+
+
+def _full(out: Path) -> Recommender:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from models.gguf_smollm2 import smollm2_checkpoint
+
+    if not out.exists():
+        source = smollm2_checkpoint(out.with_name(out.name + ".base"))
+        _write(out, AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+    return read_recommender(out)
+
+
+def _pruned(full: Recommender, out: Path) -> Recommender:
+    from compress.plan import make_plan
+    from models.vocabulary import trimmed_recommender
+
+    if not out.exists():
+        trimmed = trimmed_recommender(full, load_data(DATA).train).recommender
+        config = resized_config(trimmed.config, make_plan(full.config, "5%").stages[-1])
+        _write(out, _random(config), trimmed.tokenizer)
+    return read_recommender(out)
+
+
+def _empty(pruned: Recommender, out: Path) -> Recommender:
+    if not out.exists():
+        shape = Shape(
+            num_layers=1, hidden_size=64, num_heads=2, num_kv_heads=1, head_dim=32, intermediate_size=64
+        )
+        _write(out, _random(resized_config(pruned.config, shape)), pruned.tokenizer)
+    return read_recommender(out)
+
+
+def _random(config: "PreTrainedConfig") -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _write(out: Path, model: Any, tokenizer: "PreTrainedTokenizerBase") -> None:
+    write_recommender(
+        out,
+        model=model,
+        tokenizer=tokenizer,
+        catalog=load_data(DATA).catalog,
+        prompt=PromptConfig(max_history=20),
+        training={"data": DATA},
+    )
+
+
+if __name__ == "__main__":
+    main()
