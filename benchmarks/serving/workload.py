@@ -17,6 +17,8 @@ class Workload:
     fresh: list[list[int]]
     earlier: list[list[int]]
     """The prompt of the same user one item earlier: what a returning user asked with last time"""
+    histories: list[list[int]]
+    """The catalogue rows of `fresh`"""
 
 
 def make_workload(recommender: Recommender, data: str, count: int, seed: int = 0) -> Workload:
@@ -36,4 +38,4 @@ def make_workload(recommender: Recommender, data: str, count: int, seed: int = 0
         items[user][start : start + titles].tolist() for user, start in (starts[i] for i in order[:count])
     ]
     encode = recommender.prompter.encode
-    return Workload([encode(rows) for rows in windows], [encode(rows[:-1]) for rows in windows])
+    return Workload([encode(rows) for rows in windows], [encode(rows[:-1]) for rows in windows], windows)

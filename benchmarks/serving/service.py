@@ -1,0 +1,158 @@
+"""What HTTP leaves of the engine: throughput at 16 clients, the tail at 70 % load, the event loop's lag.
+
+    python -m benchmarks.serving.service [--model DIR --data D] [--rounds 3]
+
+The engine in a process of its own and the service take turns on the same requests; the one that waits is
+stopped. Writes `benchmarks/serving/service.json`.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import psutil
+
+from benchmarks.serving.big_catalog import service
+from benchmarks.serving.checkpoints import RUNS, trained_recommender
+from benchmarks.serving.race import Case, Entry, ask, process
+from benchmarks.serving.workload import make_workload
+from models.atomic import write_json
+from models.checkpoint import read_recommender
+
+CLIENTS = 16
+REQUESTS = 192
+LOAD = 0.7
+OPEN_SECONDS = 30.0
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.service")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", default="ml-100k")
+    parser.add_argument("--rounds", type=int, default=4)
+    options = parser.parse_args()
+    found = measure(options.model or trained_recommender("ml-100k", "ml-100k"), options.data, options.rounds)
+    write_json(Path("benchmarks/serving/service.json"), found)
+    print(json.dumps(found, indent=1))
+
+
+def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
+    """Return throughput and CPU time of engine and service, and the service's latencies under open load."""
+    recommender = read_recommender(directory)
+    workload = make_workload(recommender, data, (rounds + 3) * REQUESTS)
+    ids = [[recommender.catalog.item_ids[row] for row in rows] for rows in workload.histories]
+    case = Case(CLIENTS)
+    entry = Entry("engine", "worker", directory, {case: REQUESTS}, workload, recommender.config)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pairs: list[dict[str, float]] = []
+    with process(entry, RUNS / "logs") as engine, service(directory) as (pid, url, _):
+        server = psutil.Process(pid)
+        for number in range(rounds + 1):
+            part = slice(number * REQUESTS, (number + 1) * REQUESTS)
+
+            def in_process(part: slice = part) -> tuple[float, float]:
+                result = ask(engine, {"prompts": workload.fresh[part], "clients": CLIENTS})
+                return REQUESTS / result["wall_seconds"], result["cpu_seconds"] / REQUESTS
+
+            def over_http(part: slice = part) -> tuple[float, float]:
+                server.resume()
+                begun, cpu = time.perf_counter(), sum(server.cpu_times()[:2])
+                asyncio.run(closed_loop(url, ids[part]))
+                wall, used = time.perf_counter() - begun, sum(server.cpu_times()[:2]) - cpu
+                server.suspend()
+                return REQUESTS / wall, used / REQUESTS
+
+            server.suspend()
+            if number % 2:
+                http, inside = over_http(), in_process()
+            else:
+                inside, http = in_process(), over_http()
+            if number:  # the first round warms up
+                pairs.append(
+                    {
+                        "engine_requests_per_second": inside[0],
+                        "service_requests_per_second": http[0],
+                        "engine_cpu_seconds_per_request": inside[1],
+                        "service_cpu_seconds_per_request": http[1],
+                    }
+                )
+        server.send_signal(signal.SIGCONT)
+        rate = LOAD * float(np.median([pair["service_requests_per_second"] for pair in pairs]))
+        latencies = np.array(asyncio.run(_open_loop(url, ids[(rounds + 1) * REQUESTS :], rate)))
+        lag = _event_loop_lag(url)
+        idle = sum(server.cpu_times()[:2])
+        time.sleep(10)
+        idle = (sum(server.cpu_times()[:2]) - idle) / 10
+    ratio = [pair["service_requests_per_second"] / pair["engine_requests_per_second"] for pair in pairs]
+    quantiles = {f"p{q}": 1e3 * float(np.quantile(latencies, q / 100)) for q in (50, 95, 99)}
+    return {
+        "model": directory.name,
+        "clients": CLIENTS,
+        "rounds": pairs,
+        "throughput_kept": float(np.median(ratio)),
+        "throughput_kept_range": [min(ratio), max(ratio)],
+        "open_loop": {"requests_per_second": rate, "requests": len(latencies), "latency_ms": quantiles},
+        "p99_over_p50": quantiles["p99"] / quantiles["p50"],
+        "event_loop_lag_ms": 1e3 * lag,
+        "idle_cpu": idle,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+async def _ask(session: aiohttp.ClientSession, url: str, history: Sequence[str]) -> None:
+    body = {"history": list(history), "k": 10, "exclude_history": False}
+    async with session.post(f"{url}/recommend", json=body) as response:
+        if response.status != 200:
+            raise RuntimeError(f"{response.status}: {await response.text()}")
+        await response.read()
+
+
+async def closed_loop(url: str, histories: Sequence[Sequence[str]]) -> None:
+    """Ask for every history, `CLIENTS` at a time."""
+    left = iter(histories)
+
+    async def client() -> None:
+        for history in left:
+            await _ask(session, url, history)
+
+    async with aiohttp.ClientSession() as session:
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+
+
+async def _open_loop(url: str, histories: Sequence[Sequence[str]], rate: float) -> list[float]:
+    """Send at random times of a mean rate; return latencies from the time a request was due, seconds."""
+    count = min(len(histories), int(rate * OPEN_SECONDS))
+    due = np.cumsum(np.random.default_rng(0).exponential(1 / rate, count)).tolist()
+
+    async def one(at: float, history: Sequence[str]) -> float:
+        await asyncio.sleep(max(0.0, begun + at - time.perf_counter()))
+        await _ask(session, url, history)
+        return time.perf_counter() - begun - at
+
+    async with aiohttp.ClientSession() as session:
+        begun = time.perf_counter()
+        return await asyncio.gather(*(one(at, h) for at, h in zip(due, histories, strict=False)))
+
+
+def _event_loop_lag(url: str) -> float:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    text = opener.open(f"{url}/metrics", timeout=5).read().decode()
+    found = re.search(r"^leanrec_event_loop_lag_seconds (\S+)", text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError("/metrics has no leanrec_event_loop_lag_seconds")
+    return float(found.group(1))
+
+
+if __name__ == "__main__":
+    main()
