@@ -143,6 +143,7 @@ def make_catalog(
     if not item_ids:
         raise LeanRecError(f"{source}: holds no items; give at least one row of item_id and title")
     clean = _normal_titles(titles)
+    assert len(clean) == len(item_ids)
     counts = np.zeros(len(item_ids), np.int64) if popularity is None else popularity.astype(np.int64)
     columns = {name: _attribute(name, column, source) for name, column in (attributes or {}).items()}
     catalog = Catalog(tuple(item_ids), Texts(clean), counts, columns)

@@ -7,6 +7,11 @@ from typing import Protocol
 from models.search import SearchRequest, SearchResult
 from models.trie import Trie
 
+CPU_KV_CACHE_BYTES = 512 * 2**20
+GPU_KV_CACHE_BYTES = 4 * 2**30
+# Only full blocks are shared, so small ones; these are the least the attention kernels take.
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
+
 
 @dataclass(frozen=True)
 class Timings:

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from models.checkpoint import Recommender, read_safetensors_header
+from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError
-
-CPU_KV_CACHE_BYTES = 512 * 2**20
-GPU_KV_CACHE_BYTES = 4 * 2**30
 
 # Separate processes would each import vLLM again; its plugins and telemetry are not asked for.
 _ENVIRONMENT = {
@@ -89,8 +87,7 @@ def _chosen(recommender: Recommender) -> dict[str, Any]:
         "dtype": "bfloat16",
         "max_model_len": _needed_length(recommender),
         "enforce_eager": on_cpu,
-        # Only full blocks are shared, so small ones; these are the least the attention kernels take.
-        "block_size": 32 if on_cpu else 16,
+        "block_size": CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else GPU_KV_CACHE_BYTES,
         "max_num_seqs": 256,
         "use_tqdm_on_load": False,
