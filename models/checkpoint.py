@@ -65,7 +65,7 @@ def read_recommender(directory: Path | str) -> Recommender:
             checksum; weights are not safetensors or are cut short; the tokenizer cannot be loaded.
     """
     directory = Path(directory)
-    described = _read_description(directory)
+    described = read_description(directory)
     catalog_path = directory / Path(str(described["catalog"]["file"])).name
     if catalog_path.is_file() and file_sha256(catalog_path) != described["catalog"]["sha256"]:
         raise LeanRecError(
@@ -100,7 +100,12 @@ def read_recommender(directory: Path | str) -> Recommender:
     return recommender
 
 
-def _read_description(directory: Path) -> dict[str, Any]:
+def read_description(directory: Path) -> dict[str, Any]:
+    """Read and check `recommender.json`.
+
+    Raises:
+        LeanRecError: it is missing, unreadable or of another format.
+    """
     path = directory / "recommender.json"
     if not directory.is_dir():
         raise LeanRecError(f"{directory}: no such directory; give a recommender directory (see docs)")

@@ -49,6 +49,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reload-catalog", action="store_true", help="serve the --catalog FILE anew whenever it changes"
     )
+    parser.add_argument(
+        "--plan", action="store_true", help="print the memory the service will take, and start nothing"
+    )
     return parser
 
 
@@ -59,6 +62,11 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--port {options.port}: is not between 0 and 65535")
     if options.reload_catalog and options.catalog is None:
         raise UsageError("--reload-catalog: needs --catalog FILE, the file to look after")
+    if options.plan:
+        from serve.plan import plan_memory
+
+        print(plan_memory(options.model, vllm_arguments, options.catalog).as_text())
+        return 0
     token = read_token(options.admin_token_file)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
