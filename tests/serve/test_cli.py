@@ -55,6 +55,11 @@ def test_no_such_port(port: int) -> None:
         main(["--model", "x", "--port", str(port)])
 
 
+def test_nothing_to_reload() -> None:
+    with pytest.raises(UsageError, match="--reload-catalog: needs --catalog FILE"):
+        main(["--model", "x", "--reload-catalog"])
+
+
 def test_no_such_address() -> None:
     with pytest.raises(LeanRecError, match="not an address of this machine"):
         listen("192.0.2.1", 0)
