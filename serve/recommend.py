@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
@@ -81,9 +80,8 @@ def _found(
     names: Sequence[str], keys: Iterable[str], row_of: Callable[[str], int | None]
 ) -> tuple[list[int], list[str]]:
     """Return the rows of the names that are known, and the names that are not."""
-    rows = list(map(row_of, keys))
-    if None not in rows:
-        return cast(list[int], rows), []
+    # Not by `map`: it would hold the interpreter from the first to the last of a hundred thousand.
+    rows = [row_of(key) for key in keys]
     unknown = [name for name, row in zip(names, rows, strict=True) if row is None]
     return [row for row in rows if row is not None], unknown
 
