@@ -179,11 +179,12 @@ def _part_of(tensor: str) -> str:
     raise LeanRecError(f"weights: tensor {tensor!r} belongs to none of {', '.join(ARCHITECTURES.values())}")
 
 
-def check_supported(config: "PretrainedConfig", source: str) -> None:
+def check_supported(config: "PretrainedConfig", source: str, *, served: bool = False) -> None:
     """Refuse a config whose model LeanRec cannot prune and serve exactly.
 
     Args:
         source: the checkpoint, for the message.
+        served: It is to be served, not changed: int8 weights, as `compress --quantize` writes them, will do.
 
     Raises:
         LeanRecError: names the architecture or setting, and what is supported.
@@ -198,7 +199,8 @@ def check_supported(config: "PretrainedConfig", source: str) -> None:
     def refuse(what: str, remedy: str) -> None:
         raise LeanRecError(f"{source}: {name} with {what} is not supported; {remedy}")
 
-    if getattr(config, "quantization_config", None):
+    quantization = getattr(config, "quantization_config", None)
+    if quantization and not (served and quantization.get("quant_method") == "compressed-tensors"):
         refuse("quantised weights", "use the checkpoint in float32, bfloat16 or float16")
     if config.hidden_act != "silu":
         refuse(f"hidden_act {config.hidden_act!r}", "vLLM runs only silu for these families")

@@ -19,6 +19,7 @@ from compress.report import Quantized, make_report
 from compress.verify import INT8, Parity, check_engines_agree, read_weights
 from models.checkpoint import load_model, read_recommender
 from models.errors import LeanRecError, UsageError
+from models.families import check_supported
 from models.golden import compute_golden, read_golden
 from models.search import SearchRequest
 from tests.compress.test_report import evidence  # noqa: F401 - a fixture
@@ -130,6 +131,14 @@ def test_what_cannot_be_quantised_is_refused(pair, tmp_path):
     with pytest.raises(LeanRecError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not"):
         quantize_recommender(read_recommender(damaged), tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_quantised_model_is_served(pair):
+    config = read_recommender(pair[1]).config
+    check_supported(config, "int8", served=True)
+    config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(LeanRecError, match="quantised weights is not supported"):
+        check_supported(config, "gptq", served=True)
 
 
 def test_a_quantised_model_is_not_pruned(capsys, pair, tmp_path):
