@@ -18,11 +18,13 @@ class ChildHead:
         """Args:
         weight: The head's weight `[vocabulary, hidden]`; it may have padding rows.
         """
-        tokens, compact = np.unique(trie.child_tokens, return_inverse=True)
-        rows = torch.from_numpy(tokens.astype(np.int64)).to(weight.device)
+        is_used = np.zeros(len(weight), bool)
+        is_used[trie.child_tokens] = True
+        compact = (np.cumsum(is_used) - 1)[trie.child_tokens]
+        rows = torch.from_numpy(np.flatnonzero(is_used)).to(weight.device)
         self.weight = weight.detach()[rows].float()
         self._trie = trie
-        self._children = torch.from_numpy(compact.astype(np.int64)).to(weight.device)
+        self._children = torch.from_numpy(compact).to(weight.device)
         self._root_weight = self.weight[self._children[: int(trie.child_offsets[1])]]
 
     @torch.inference_mode()

@@ -1,7 +1,7 @@
 """vLLM's Llama-like models on a CPU with fewer passes over memory: same weights, KV cache and attention.
 
 Three things make it faster than vLLM's own layers. Activation, gate and residual ride on the matrix
-products (oneDNN post-operations). Matrix shapes are rounded up, so that few kernels are ever generated:
+products. Matrix shapes are rounded up, so that few kernels are ever generated:
 a new row count costs about a millisecond, and a trie search asks for a new one at every step. And the last
 layer computes queries, output and MLP only for the rows whose hidden state is wanted: of a prompt, one.
 
@@ -15,13 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from models.vllm_products import Int8Products, PackedProducts, Products, is_w8a8, linears
+
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """vLLM's classes whose layers these are."""
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's weights, matrices packed for oneDNN."""
+    """One layer; what holds no large matrix is vLLM's own."""
 
     attention: Any
     """vLLM's `Attention`: heads, KV cache and kernel"""
@@ -31,16 +33,7 @@ class _Layer:
     """Per head, or None"""
     key_norm: Any
     mlp_norm: Any
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor
-    output_bias: torch.Tensor | None
-    gate: torch.Tensor
-    gate_bias: torch.Tensor | None
-    up: torch.Tensor
-    up_bias: torch.Tensor | None
-    down: torch.Tensor
-    down_bias: torch.Tensor | None
+    products: Products
 
 
 def obstacle(model_runner: Any) -> str | None:
@@ -51,7 +44,10 @@ def obstacle(model_runner: Any) -> str | None:
     reasons = {
         f"the device is {model_runner.device.type}": model_runner.device.type != "cpu",
         f"the model is {type(body).__name__}": type(body).__name__ not in MODELS,
-        "the weights are quantised": model_runner.vllm_config.quant_config is not None,
+        "the weights are quantised, and not as W8A8": (
+            model_runner.vllm_config.quant_config is not None
+            and not all(map(is_w8a8, getattr(body, "layers", ())))
+        ),
         "this PyTorch has no oneDNN": not torch.backends.mkldnn.is_available(),
         f"the precision is {dtype}": dtype not in (torch.bfloat16, torch.float32),
         "this CPU has no bf16 products": (
@@ -71,21 +67,32 @@ def padded_rows(rows: int) -> int:
 class FusedModel:
     """The layers of one model; the same numbers as vLLM's, rounding apart."""
 
-    def __init__(self, model_runner: Any, weights: Callable[[str], torch.Tensor | None]) -> None:
+    def __init__(self, model_runner: Any, tensors: Callable[[str], torch.Tensor | None]) -> None:
         """Args:
-        weights: Gives a tensor of the checkpoint by name, None if it has none so named.
+        tensors: Gives a tensor of the checkpoint by name, None if it has none so named.
         """
         body = model_runner.model.model
         self._embedding = body.embed_tokens.weight
         self._norm = body.norm
+        self._packed = model_runner.vllm_config.quant_config is None
         dtype = self._embedding.dtype
-        self._layers = [_read_layer(layer, index, weights, dtype) for index, layer in enumerate(body.layers)]
+        self._layers = [
+            _Layer(
+                attention=layer.self_attn.attn,
+                rotary=layer.self_attn.rotary_emb,
+                input_norm=layer.input_layernorm,
+                query_norm=getattr(layer.self_attn, "q_norm", None),
+                key_norm=getattr(layer.self_attn, "k_norm", None),
+                mlp_norm=layer.post_attention_layernorm,
+                products=PackedProducts(index, tensors, dtype) if self._packed else Int8Products(layer),
+            )
+            for index, layer in enumerate(body.layers)
+        ]
 
     def take_over(self, model_runner: Any) -> None:
-        """Release vLLM's own copy of the weights: its layers cannot run any more."""
-        for layer in model_runner.model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        """Release vLLM's own copy of packed weights: its layers cannot run any more."""
+        for layer in model_runner.model.model.layers if self._packed else ():
+            for linear in linears(layer):
                 linear.cpu_linear = None
 
     def __call__(
@@ -125,7 +132,7 @@ class FusedModel:
         """Write the rows' keys and values; return their queries, `[rows, heads, head size]`."""
         attention = layer.attention
         heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_size
-        joined = _linear(_normed(residual, layer.input_norm), layer.qkv, layer.qkv_bias)[: len(positions)]
+        joined = layer.products.qkv(_normed(residual, layer.input_norm))[: len(positions)]
         query, key, value = joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
         if layer.query_norm is not None:
             query = _normed(query.reshape(-1, size), layer.query_norm).view(-1, heads * size)
@@ -149,63 +156,11 @@ class FusedModel:
 
     def _mlp(self, layer: _Layer, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream after the layer."""
-        residual = _linear_onto(attended, layer.output, layer.output_bias, residual, "add")
-        hidden = _normed(residual, layer.mlp_norm)
-        gate = _linear(hidden, layer.gate, layer.gate_bias, "swish")
-        inner = _linear_onto(hidden, layer.up, layer.up_bias, gate, "mul")
-        return _linear_onto(inner, layer.down, layer.down_bias, residual, "add")
-
-
-def _linear(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
-) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, activation, [], "")
-
-
-def _linear_onto(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor, how: str
-) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, weight, bias, how)
+        residual = layer.products.add_output(attended, residual)
+        return layer.products.add_mlp(_normed(residual, layer.mlp_norm), residual)
 
 
 def _normed(hidden: torch.Tensor, norm: Any) -> torch.Tensor:
     result = torch.empty_like(hidden)
     torch.ops._C.rms_norm(result, hidden, norm.weight, norm.variance_epsilon)
     return result
-
-
-def _read_layer(
-    layer: Any, index: int, weights: Callable[[str], torch.Tensor | None], dtype: torch.dtype
-) -> _Layer:
-    attention, start = layer.self_attn, f"model.layers.{index}."
-
-    def read(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-        found = [weights(f"{start}{name}.weight") for name in names]
-        matrix = torch.cat([weight for weight in found if weight is not None]).to(dtype)
-        biases = [bias for name in names if (bias := weights(f"{start}{name}.bias")) is not None]
-        packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 256)
-        return packed, torch.cat(biases).to(dtype) if biases else None
-
-    qkv, qkv_bias = read("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    output, output_bias = read("self_attn.o_proj")
-    gate, gate_bias = read("mlp.gate_proj")
-    up, up_bias = read("mlp.up_proj")
-    down, down_bias = read("mlp.down_proj")
-    return _Layer(
-        attention=attention.attn,
-        rotary=attention.rotary_emb,
-        input_norm=layer.input_layernorm,
-        query_norm=getattr(attention, "q_norm", None),
-        key_norm=getattr(attention, "k_norm", None),
-        mlp_norm=layer.post_attention_layernorm,
-        qkv=qkv,
-        qkv_bias=qkv_bias,
-        output=output,
-        output_bias=output_bias,
-        gate=gate,
-        gate_bias=gate_bias,
-        up=up,
-        up_bias=up_bias,
-        down=down,
-        down_bias=down_bias,
-    )

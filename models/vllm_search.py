@@ -64,7 +64,8 @@ class WorkerSearch:
         self._tree = _Tree(setup.trie)
         self._head = ChildHead(setup.head_weight.to(self._forward.device), setup.trie)
         # Room for one query from the prompt to the deepest node: with that, the search always ends.
-        self._least_room = 2 + max(self._tree.depth) // self.pool.block_size
+        self._deepest = int(setup.trie.depth.max())
+        self._least_room = 2 + self._deepest // self.pool.block_size
 
     @torch.inference_mode()
     def run(self, requests: Sequence[SearchRequest]) -> SearchOutcome:
@@ -75,7 +76,7 @@ class WorkerSearch:
             OutOfBlocksError: one request alone does not fit the KV cache.
         """
         trie, settings = self._setup.trie, self._setup.settings
-        longest = self._forward.max_length - max(self._tree.depth)
+        longest = self._forward.max_length - self._deepest
         for request in requests:
             if not 0 < len(request.prompt) <= longest:
                 raise LeanRecError(

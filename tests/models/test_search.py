@@ -47,7 +47,8 @@ def exhaustive(trie: Trie, log_probs: list[np.ndarray]) -> list[tuple[float, int
 
 def run(trie: Trie, log_probs: list[np.ndarray], request: SearchRequest, found: SearchSettings):
     return run_searches(
-        [BestFirstSearch(trie, request, found)], lambda pairs: np.concatenate([log_probs[n] for _, n in pairs])
+        [BestFirstSearch(trie, request, found)],
+        lambda pairs: np.concatenate([log_probs[node] for _, node in pairs]),
     )[0]
 
 

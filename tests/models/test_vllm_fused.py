@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from models import vllm_forward, vllm_fused
+from compress.quantize import quantize_recommender
+from models import vllm_forward, vllm_products
 from models.checkpoint import load_model, read_recommender
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
@@ -51,6 +52,24 @@ def test_families(family: str, tmp_path: Path) -> None:
         engine.close()
 
 
+def test_int8(tmp_path: Path) -> None:
+    open_tiny(tmp_path, "llama", "bfloat16")[0].close()
+    quantize_recommender(read_recommender(tmp_path / "tiny"), tmp_path / "int8")
+    recommender = read_recommender(tmp_path / "int8")
+    engine = open_engine(recommender, arguments={"kv_cache_memory_bytes": KV_BYTES})
+    assert isinstance(engine, WorkerEngine)
+    forward = forward_of(engine)
+    assert forward.fused is not None  # it was compared with vLLM's own layers
+    histories = [[n, 2 * n, n + 50] for n in range(40)]
+    requests = [SearchRequest(prompt=recommender.prompter.encode(history)) for history in histories]
+    fused = engine.recommend(requests)
+    forward.fused = None
+    own = engine.recommend(requests)
+    engine.close()
+    overlap = [len({*one.rows} & {*other.rows}) / 10 for one, other in zip(fused, own, strict=True)]
+    assert np.mean(overlap) > 0.9
+
+
 @pytest.fixture(scope="module")
 def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerEngine, list[SearchRequest]]]:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -82,10 +101,10 @@ def test_layers_that_differ_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real = vllm_fused._linear_onto
+    real = vllm_products._product_onto
     monkeypatch.setattr(
-        vllm_fused,
-        "_linear_onto",
+        vllm_products,
+        "_product_onto",
         lambda *given: real(*given[:4], "add"),  # gate + up for gate * up
     )
     in_bf16[0].close()
