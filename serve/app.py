@@ -28,6 +28,7 @@ from serve.schemas import (
 )
 from serve.service import STARTING_RETRY_S, Service
 from serve.shelf import parse_catalog
+from serve.siblings import Siblings
 
 MAX_CATALOG_BYTES = 256 * 2**20
 PARQUET = "application/vnd.apache.parquet"
@@ -37,11 +38,12 @@ _CONTENT_POLICY = (
 )
 
 
-def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
+def create_app(service: Service, admin_token: str | None = None, siblings: Siblings | None = None) -> FastAPI:
     """Return the application; its lifespan starts and stops the service.
 
     Args:
         admin_token: What `PUT /catalog` asks for; None forbids it.
+        siblings: The other replicas, where there are any.
     """
 
     @asynccontextmanager
@@ -92,7 +94,7 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
 
     @app.put(
         "/catalog",
-        responses=documented(401, 403, 413, 422, 503),
+        responses=documented(401, 403, 409, 413, 422, 503),
         tags=["catalog"],
         openapi_extra=_catalog_body(),
     )
@@ -104,6 +106,13 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
         `Authorization: Bearer` with the administrator's token.
         """
         _authorise(request, admin_token)
+        if siblings is not None:
+            raise ServiceProblem(
+                409,
+                "one of several replicas would take the catalogue; start the service with --catalog FILE "
+                "--reload-catalog and write the file anew, which every replica follows",
+                {"Connection": "close"},
+            )
         body = await _read(request, MAX_CATALOG_BYTES)
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
@@ -131,7 +140,10 @@ def create_app(service: Service, admin_token: str | None = None) -> FastAPI:
     @app.get("/metrics", response_class=Response, tags=["service"])
     async def metrics() -> Response:
         """Return Prometheus metrics."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        text = service.metrics.text()
+        if siblings is not None:
+            text = await siblings.metrics(text)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def index() -> HTMLResponse:

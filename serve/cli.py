@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from serve.service import Service
 
 TOKEN_VARIABLE = "LEANREC_ADMIN_TOKEN"
-DRAIN_NOTICE_S = 1.0
-"""Between readiness saying no and the port closing: time for a balancer to send requests elsewhere."""
-DRAIN_LIMIT_S = 30
+REPLICAS_FLAGS = ("--data-parallel-size", "--data_parallel_size", "-dp")
+"""As vLLM has them"""
+
+logger = logging.getLogger("serve")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--reload-catalog", action="store_true", help="serve the --catalog FILE anew whenever it changes"
     )
     parser.add_argument(
+        *REPLICAS_FLAGS,
+        default=1,
+        type=int,
+        metavar="N",
+        help="replicas of the engine behind the one port, each on a GPU or CPU cores of its own "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--plan", action="store_true", help="print the memory the service will take, and start nothing"
     )
     return parser
@@ -57,9 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
-    options, vllm_arguments = make_parser().parse_known_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    options, vllm_arguments = make_parser().parse_known_args(given)
     if not 0 <= options.port <= 65_535:
         raise UsageError(f"--port {options.port}: is not between 0 and 65535")
+    if options.data_parallel_size < 1:
+        raise UsageError(f"--data-parallel-size {options.data_parallel_size}: is not 1 or more")
     if options.reload_catalog and options.catalog is None:
         raise UsageError("--reload-catalog: needs --catalog FILE, the file to look after")
     if options.plan:
@@ -67,16 +79,41 @@ def main(argv: list[str] | None = None) -> int:
 
         print(plan_memory(options.model, vllm_arguments, options.catalog).as_text())
         return 0
+    replicas = options.data_parallel_size
+    if replicas > 1:
+        from serve.devices import check_devices
+
+        check_devices(replicas)
     token = read_token(options.admin_token_file)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    start_logging()
     listener = listen(options.host, options.port)
-    host, port = listener.getsockname()[:2]
+    loading = "listening on http://%s:%d, loading %s"
+    where = listener.getsockname()[:2]
+    if replicas > 1:
+        from serve.replicas import serve_replicas
+
+        logger.info(f"{loading} in %d replicas", *where, options.model, replicas)
+        return serve_replicas(given, replicas, listener)
 
     from serve.app import create_app
+    from serve.server import DrainingServer, run_server
+
+    service = make_service(options, vllm_arguments)
+    logger.info(loading, *where, options.model)
+    run_server(DrainingServer(service, create_app(service, token)), [listener], options.model)
+    return 0
+
+
+def start_logging(process: str = "") -> None:
+    """Log to stderr; `process` is told in every line."""
+    line = f"%(asctime)s %(levelname)s {process}%(name)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
+def make_service(options: argparse.Namespace, vllm_arguments: list[str]) -> "Service":
+    """Return the service that the options describe, not yet started."""
     from serve.service import Loaded, Service
 
     def load() -> Loaded:
@@ -88,14 +125,7 @@ def main(argv: list[str] | None = None) -> int:
         gc.freeze()
         return loaded
 
-    service = Service(load, options.catalog, options.reload_catalog)
-    logging.getLogger("serve").info("listening on http://%s:%d, loading %s", host, port, options.model)
-    _run(service, create_app(service, token), listener)
-    if service.failure is not None:
-        if isinstance(service.failure, LeanRecError):
-            raise service.failure
-        raise LeanRecError(f"{options.model}: cannot be served ({service.failure})") from service.failure
-    return 0
+    return Service(load, options.catalog, options.reload_catalog)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -134,49 +164,6 @@ def read_token(path: Path | None) -> str | None:
     if not token:
         raise LeanRecError(f"--admin-token-file {path}: is empty")
     return token
-
-
-def _run(service: "Service", app: object, listener: socket.socket) -> None:
-    import asyncio
-
-    import psutil
-    import uvicorn
-
-    class DrainingServer(uvicorn.Server):
-        """On the first signal: not ready, then closed; requests under way are answered. Then exit code 0."""
-
-        def handle_exit(self, sig: int, frame: object) -> None:
-            if service.state == "draining" or service.is_loading:
-                self.force_exit = service.state == "draining"
-                self.should_exit = True
-                return
-            service.drain()
-            loop = asyncio.get_running_loop()
-            loop.call_soon_threadsafe(loop.call_later, DRAIN_NOTICE_S, self._stop)
-
-        def _stop(self) -> None:
-            self.should_exit = True
-
-    server = DrainingServer(
-        uvicorn.Config(
-            app,  # type: ignore[arg-type]
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            lifespan="on",
-            timeout_graceful_shutdown=DRAIN_LIMIT_S,
-        )
-    )
-    service.on_failure = server._stop
-    server.run(sockets=[listener])
-    # The interpreter's closing collections would walk every object of torch and vLLM, for many seconds.
-    gc.freeze()
-    if service.is_loading:
-        # A thread in the middle of loading cannot be stopped, and nothing depends on it.
-        for child in psutil.Process().children(recursive=True):
-            child.kill()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 def run() -> None:

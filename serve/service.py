@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -72,6 +72,7 @@ class Service:
         self.state: Literal["starting", "warming", "ready", "draining", "failed"] = "starting"
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
+        self.before_ready: Callable[[], Awaitable[None]] | None = None
         self._load = load
         self._catalog_file = catalog_file
         self._reload_catalog = reload_catalog
@@ -254,6 +255,8 @@ class Service:
             self.failure, self.state = error, "failed"
             self.on_failure()
             return
+        if self.before_ready is not None:  # other replicas are waited for
+            await self.before_ready()
         self._loaded, self._shelf, self._batcher = loaded, shelf, batcher
         self.metrics.serve_catalog(shelf.version)
         if self.state == "warming":
