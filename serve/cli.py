@@ -74,12 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--data-parallel-size {options.data_parallel_size}: is not 1 or more")
     if options.reload_catalog and options.catalog is None:
         raise UsageError("--reload-catalog: needs --catalog FILE, the file to look after")
+    replicas = options.data_parallel_size
     if options.plan:
         from serve.plan import plan_memory
 
-        print(plan_memory(options.model, vllm_arguments, options.catalog).as_text())
+        print(plan_memory(options.model, vllm_arguments, options.catalog, replicas).as_text())
         return 0
-    replicas = options.data_parallel_size
     if replicas > 1:
         from serve.devices import check_devices
 

