@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from models.vllm_attention import CpuAttention, Norm
 from models.vllm_products import Int8Products, PackedProducts, Products, is_w8a8, linears
 
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -23,17 +24,12 @@ MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer; what holds no large matrix is vLLM's own."""
+    """One layer."""
 
-    attention: Any
-    """vLLM's `Attention`: heads, KV cache and kernel"""
-    rotary: Any
-    input_norm: Any
-    query_norm: Any
-    """Per head, or None"""
-    key_norm: Any
-    mlp_norm: Any
+    attention: CpuAttention
     products: Products
+    input_norm: Norm
+    mlp_norm: Norm
 
 
 def obstacle(model_runner: Any) -> str | None:
@@ -54,6 +50,11 @@ def obstacle(model_runner: Any) -> str | None:
             dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
         ),
         "the attention scales by position": scaling is not None,
+        "the attention has sinks or slopes": any(
+            getattr(layer.self_attn.attn.impl, name, None) is not None
+            for layer in getattr(body, "layers", ())
+            for name in ("sinks", "alibi_slopes")
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -73,18 +74,15 @@ class FusedModel:
         """
         body = model_runner.model.model
         self._embedding = body.embed_tokens.weight
-        self._norm = body.norm
+        self._norm = Norm(body.norm)
         self._packed = model_runner.vllm_config.quant_config is None
         dtype = self._embedding.dtype
         self._layers = [
             _Layer(
-                attention=layer.self_attn.attn,
-                rotary=layer.self_attn.rotary_emb,
-                input_norm=layer.input_layernorm,
-                query_norm=getattr(layer.self_attn, "q_norm", None),
-                key_norm=getattr(layer.self_attn, "k_norm", None),
-                mlp_norm=layer.post_attention_layernorm,
+                attention=CpuAttention(layer.self_attn),
                 products=PackedProducts(index, tensors, dtype) if self._packed else Int8Products(layer),
+                input_norm=Norm(layer.input_layernorm),
+                mlp_norm=Norm(layer.post_attention_layernorm),
             )
             for index, layer in enumerate(body.layers)
         ]
@@ -115,52 +113,35 @@ class FusedModel:
         """
         count = len(tokens)
         residual = F.embedding(F.pad(tokens, (0, padded_rows(count) - count)), self._embedding)
+        hidden = torch.empty_like(residual)
+        attended = _attended(self._layers[0].attention, residual)
+        slots = metadata.slot_mapping
         for layer in self._layers[:-1]:
-            query = self._write(layer, residual, positions, metadata)
-            residual = self._mlp(layer, self._attend(layer, query, metadata), residual)
+            joined = layer.products.qkv(layer.input_norm(residual, hidden))
+            query = layer.attention.write(joined[:count], positions, slots)
+            layer.attention.attend(query, metadata, attended[:count])
+            residual = _finished(layer, attended, residual, hidden)
         last = self._layers[-1]
-        query = self._write(last, residual, positions, metadata)
-        if not len(wanted):
+        joined = last.products.qkv(last.input_norm(residual, hidden))
+        query = last.attention.write(joined[:count], positions, slots)
+        chosen = len(wanted)
+        if not chosen:
             return residual[:0]
-        attended = self._attend(last, query[wanted], wanted_metadata)
-        rows = F.pad(wanted, (0, len(attended) - len(wanted)))
-        return _normed(self._mlp(last, attended, residual[rows]), self._norm)[: len(wanted)]
-
-    def _write(
-        self, layer: _Layer, residual: torch.Tensor, positions: torch.Tensor, metadata: Any
-    ) -> torch.Tensor:
-        """Write the rows' keys and values; return their queries, `[rows, heads, head size]`."""
-        attention = layer.attention
-        heads, kv_heads, size = attention.num_heads, attention.num_kv_heads, attention.head_size
-        joined = layer.products.qkv(_normed(residual, layer.input_norm))[: len(positions)]
-        query, key, value = joined.split([heads * size, kv_heads * size, kv_heads * size], -1)
-        if layer.query_norm is not None:
-            query = _normed(query.reshape(-1, size), layer.query_norm).view(-1, heads * size)
-            key = _normed(key.reshape(-1, size), layer.key_norm).view(-1, kv_heads * size)
-        query, key = layer.rotary(positions, query, key)
-        attention.impl.do_kv_cache_update(
-            attention,
-            key.view(-1, kv_heads, size),
-            value.view(-1, kv_heads, size),
-            attention.kv_cache,
-            metadata.slot_mapping,
-        )
-        return query.view(-1, heads, size)
-
-    def _attend(self, layer: _Layer, query: torch.Tensor, metadata: Any) -> torch.Tensor:
-        """Return what the queries attend to, `[padded rows, heads * head size]`."""
-        attention = layer.attention
-        attended = query.new_zeros(padded_rows(len(query)), *query.shape[1:])
-        attention.impl.forward(attention, query, None, None, attention.kv_cache, metadata, attended)
-        return attended.flatten(1)
-
-    def _mlp(self, layer: _Layer, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream after the layer."""
-        residual = layer.products.add_output(attended, residual)
-        return layer.products.add_mlp(_normed(residual, layer.mlp_norm), residual)
+        residual = residual[F.pad(wanted, (0, padded_rows(chosen) - chosen))]
+        hidden, attended = torch.empty_like(residual), _attended(last.attention, residual)
+        last.attention.attend(query[wanted], wanted_metadata, attended[:chosen])
+        residual = _finished(last, attended, residual, hidden)
+        return self._norm(residual, hidden)[:chosen]
 
 
-def _normed(hidden: torch.Tensor, norm: Any) -> torch.Tensor:
-    result = torch.empty_like(hidden)
-    torch.ops._C.rms_norm(result, hidden, norm.weight, norm.variance_epsilon)
-    return result
+def _attended(attention: CpuAttention, rows: torch.Tensor) -> torch.Tensor:
+    # Zeros: what is padded goes through the products as well.
+    return rows.new_zeros(len(rows), attention.heads, attention.size)
+
+
+def _finished(
+    layer: _Layer, attended: torch.Tensor, residual: torch.Tensor, hidden: torch.Tensor
+) -> torch.Tensor:
+    """Return the residual stream after the layer; `hidden` is written over."""
+    residual = layer.products.add_output(attended.flatten(1), residual)
+    return layer.products.add_mlp(layer.mlp_norm(residual, hidden), residual)

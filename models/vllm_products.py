@@ -102,7 +102,7 @@ def is_w8a8(layer: Any) -> bool:
 def _product(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
 ) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, activation, [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, activation, [], "")
 
 
 def _product_onto(
