@@ -78,7 +78,7 @@ def _early_obstacle(arguments: Mapping[str, Any]) -> str | None:
 
     if __version__.partition("+")[0] not in TESTED_VLLM:
         return f"vLLM {__version__} is not among the tested versions ({', '.join(TESTED_VLLM)})"
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
         if (arguments.get(name) or 1) != 1:
             return f"{name} is {arguments[name]}"
     return None

@@ -1,8 +1,8 @@
 """`serve --data-parallel-size N`: N replicas of the engine behind one port.
 
 vLLM's `LLM` takes no `data_parallel_size` within one process, and the engine is in the process that serves: a
-replica is such a process. This one accepts the connections and deals them out, so that each replica gets
-as many as the next; on a socket that all of them listen on, one may take all that wait.
+replica is such a process. This one accepts the connections and deals them out, so that each replica gets as
+many as the next. On a socket that all of them listen on, whichever wakes first accepts all that wait.
 """
 
 import asyncio
