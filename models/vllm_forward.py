@@ -172,22 +172,32 @@ def open_forward(
     if reason := vllm_fused.obstacle(model_runner):
         logger.info("vLLM's own layers run: %s", reason)
         return forward
-    with torch.inference_mode():
+    try:
         fused = FusedModel(model_runner, tensors)
-        length = min(2 * forward.block_size + 3, forward.max_length)
-        blocks = list(range(1, 2 + length // forward.block_size))
-        vocabulary = model_runner.vllm_config.model_config.get_vocab_size()
-        tokens = np.random.default_rng(0).integers(vocabulary, size=length, dtype=np.int32)
-        probe = [Query(tokens, 0, blocks, list(range(length)))]
-        expected = forward.run(probe).float()
-        forward.fused = fused
-        error = float((forward.run(probe).float() - expected).norm() / expected.norm())
+        error = _difference(forward, fused, model_runner.vllm_config.model_config.get_vocab_size())
+    except (AttributeError, RuntimeError, TypeError) as failure:
+        # Inner parts of another vLLM or PyTorch than was tested.
+        logger.warning("vLLM's own layers run: the fused ones cannot (%s)", failure)
+        forward.fused = None
+        return forward
     if not error <= LARGEST_ERROR:
         logger.warning("vLLM's own layers run: the fused ones differ by %.3f of a hidden state", error)
         forward.fused = None
     else:
         fused.take_over(model_runner)
     return forward
+
+
+@torch.inference_mode()
+def _difference(forward: PagedForward, fused: FusedModel, vocabulary: int) -> float:
+    """Let `fused` run in place of vLLM's layers; return by how much its hidden states differ, as a share."""
+    length = min(2 * forward.block_size + 3, forward.max_length)
+    blocks = list(range(1, 2 + length // forward.block_size))
+    tokens = np.random.default_rng(0).integers(vocabulary, size=length, dtype=np.int32)
+    probe = [Query(tokens, 0, blocks, list(range(length)))]
+    expected = forward.run(probe).float()
+    forward.fused = fused
+    return float((forward.run(probe).float() - expected).norm() / expected.norm())
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,7 @@ def _clients(directory: Path, data: str) -> None:
 
     recommender = read_recommender(directory)
     workload = make_workload(recommender, data, 8000)
-    ids: Sequence[Sequence[str]] = [
-        [recommender.catalog.item_ids[r] for r in rows] for rows in workload.histories
-    ]
+    ids = [[recommender.catalog.item_ids[r] for r in rows] for rows in workload.histories]
     while not _ready():
         time.sleep(0.1)
     asyncio.run(closed_loop(f"http://127.0.0.1:{PORT}", ids))

@@ -1,0 +1,88 @@
+"""The serving benchmark on a tiny model: what it times answers rightly, and its rows say what is promised."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serving.exactness import exactness
+from benchmarks.serving.floor import matrix_shapes, request_flops
+from benchmarks.serving.page import render, table
+from benchmarks.serving.race import Case, Entry, rows, run_race
+from benchmarks.serving.workload import make_workload
+from models.checkpoint import read_recommender
+from models.families import Shape, Traits, count_parameters
+from tests.tiny import make_tiny_recommender, write_tiny_data
+
+FACTS = {
+    "data": "tiny",
+    "hardware": "a machine",
+    "load_average_before": 0.0,
+    "load_average_after": 0.0,
+    "commit": "none",
+    "date": "2026-01-01",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("benchmark")
+    data = write_tiny_data(folder / "data", users=80)
+    make_tiny_recommender(folder / "tiny", data=data, num_layers=2)
+    return folder / "tiny", data
+
+
+def test_the_floor_counts_every_matrix(tiny: tuple[Path, Path]) -> None:
+    config = read_recommender(tiny[0]).config
+    matrices = sum(inputs * outputs for inputs, outputs in matrix_shapes(config)) * config.num_hidden_layers
+    counted = count_parameters(Shape.of(config), Traits.of(config))
+    assert matrices == counted.attention + counted.mlp
+    assert request_flops(config, 0, 1) == 2 * matrices
+
+
+def test_windows_are_real_histories_and_no_prompt_begins_another(tiny: tuple[Path, Path]) -> None:
+    recommender = read_recommender(tiny[0])
+    workload = make_workload(recommender, str(tiny[1]), 200)
+    texts = sorted(",".join(map(str, prompt)) + "," for prompt in workload.fresh)
+    assert not any(after.startswith(before) for before, after in pairwise(texts))
+    for fresh, earlier, history in zip(workload.fresh, workload.earlier, workload.histories, strict=True):
+        assert fresh == recommender.prompter.encode(history)
+        assert fresh[: len(earlier)] == earlier
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_contenders_give_the_same_and_the_page_shows_them(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    directory, data = tiny
+    recommender = read_recommender(directory)
+    workload = make_workload(recommender, str(data), 100)
+    counts = {Case(1): 2, Case(4): 6}
+    ours = counts | {Case(4, returning=True): 6}
+    entries = [
+        Entry("generate", "generate", directory, counts, workload, recommender.config),
+        Entry("worker", "worker", directory, ours, workload, recommender.config),
+    ]
+    race = run_race(entries, 2, tmp_path)
+    found = rows(race, entries, reference="worker", facts=FACTS)
+    assert len(found) == 5
+    for row in found:
+        # Twenty beams may miss an item where a model is as flat as one that was never trained.
+        assert row["overlap@10"] >= (1.0 if row["contender"] == "worker" else 0.8)
+        assert row["cpu_seconds_per_request"] > 0
+        assert row["requests"] == 2 * (2 if row["clients"] == 1 else 6)
+    exact = [row for row in found if row["contender"] == "worker"]
+    assert {row["exact_share"] for row in exact} == {1.0}
+    page = render(found)
+    assert "LeanRec in the worker" in page
+    assert table(found).count("\n") == 6
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_certificates_hold_on_a_tiny_catalogue(tiny: tuple[Path, Path]) -> None:
+    row = exactness(tiny[0], str(tiny[1]), 40)
+    assert row["users"] == 40
+    assert row["scored_items"] == [row["items"]]
+    assert row["exact_share"] == row["exact_equal_share"] == 1.0
+    assert row["max_score_difference"] < 1e-3
+    assert row["alone_equals_batched"] == row["returning_equals_cold"] == 1.0
