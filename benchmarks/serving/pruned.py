@@ -2,9 +2,10 @@
 
     python -m benchmarks.serving.pruned [--rounds 3]
 
-SmolLM2-135M as it is published, with the catalogue of ML-100K, against the shape that `compress --target 5%
---vocab catalog` gives it, with random weights: speed depends on the shape alone once both searches open the
-same number of nodes, so both get a budget that neither ends before. Writes `benchmarks/serving/pruned.json`.
+SmolLM2-135M as it is published, and a model of the demonstration's shape, with the catalogue of ML-100K,
+against the shapes that `compress --target 5% --vocab catalog` gives them, with random weights: speed depends
+on the shape alone once both searches open the same number of nodes, so all get a budget that none ends
+before. Writes `benchmarks/serving/pruned.json`.
 """
 
 import argparse
@@ -36,10 +37,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.pruned")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    full = _full(RUNS / "smollm2-135m")
-    pruned = _pruned(full, RUNS / "smollm2-135m-pruned-5")
-    empty = _empty(pruned, RUNS / "empty")
-    entries = [_entry(recommender, options.rounds) for recommender in (full, pruned, empty)]
+    smollm2 = _smollm2(RUNS / "smollm2-135m")
+    demo = _demo(RUNS / "demo")
+    pruned = [_pruned(full, RUNS / f"{full.directory.name}-pruned-5") for full in (smollm2, demo)]
+    recommenders = [smollm2, demo, *pruned, _empty(pruned[0], RUNS / "empty")]
+    entries = [_entry(recommender, options.rounds) for recommender in recommenders]
     machine = describe_machine()
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
@@ -47,13 +49,14 @@ def main() -> None:
         "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
         "versions": describe_versions(),
     }
-    found = rows(race, entries, reference=full.directory.name, facts=facts)
+    found = rows(race, entries, reference=smollm2.directory.name, facts=facts)
     counts = {
-        r.directory.name: count_parameters(Shape.of(r.config), Traits.of(r.config))
-        for r in (full, pruned, empty)
+        r.directory.name: count_parameters(Shape.of(r.config), Traits.of(r.config)) for r in recommenders
     }
     for row in found:
         row["weights_bytes"] = 2 * counts[row["model"]].total  # served in bf16
+        answers = race.measured[row["contender"], Case(row["clients"])].answers.values()
+        row["expansions"] = sum(answer["expansions"] for answer in answers) / len(answers)
         row["non_embedding"] = counts[row["model"]].non_embedding
     write_json(Path("benchmarks/serving/pruned.json"), found)
     print(json.dumps(found, indent=1))
@@ -65,7 +68,7 @@ def _entry(recommender: Recommender, rounds: int) -> Entry:
     return Entry(name, "worker", recommender.directory, CASES, workload, recommender.config, EXPANSIONS)
 
 
-def _full(out: Path) -> Recommender:
+def _smollm2(out: Path) -> Recommender:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from models.gguf_smollm2 import smollm2_checkpoint
@@ -73,6 +76,16 @@ def _full(out: Path) -> Recommender:
     if not out.exists():
         source = smollm2_checkpoint(out.with_name(out.name + ".base"))
         _write(out, AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source))
+    return read_recommender(out)
+
+
+def _demo(out: Path) -> Recommender:
+    from models.presets import PRESETS, new_model, train_tokenizer
+
+    if not out.exists():
+        catalog = load_data(DATA).catalog
+        tokenizer = train_tokenizer(catalog.titles, catalog.popularity, PRESETS["demo"].vocabulary)
+        _write(out, new_model(PRESETS["demo"], tokenizer, max_positions=4096), tokenizer)
     return read_recommender(out)
 
 
