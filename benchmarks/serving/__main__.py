@@ -23,14 +23,14 @@ from models.atomic import write_json, write_text
 from models.checkpoint import read_recommender
 
 HERE = Path("benchmarks/serving")
-ONE, MANY = Case(1), Case(16)
+ONE, FEW, MANY = Case(1), Case(4), Case(16)
 ONE_RETURNING, MANY_RETURNING = Case(1, returning=True), Case(16, returning=True)
 REQUESTS: dict[str, dict[Case, int]] = {
     "generate": {ONE: 3, MANY: 8},
     "beam-search": {ONE: 1, MANY: 16},
     "async-loop": {ONE: 4, MANY: 32},
-    "pooling": {ONE: 8, MANY: 32},
-    "worker": {ONE: 32, MANY: 128, ONE_RETURNING: 32, MANY_RETURNING: 128},
+    "pooling": {ONE: 8, FEW: 16, MANY: 32},
+    "worker": {ONE: 32, FEW: 48, MANY: 128, ONE_RETURNING: 32, MANY_RETURNING: 128},
 }
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     directory = trained_recommender(options.data, options.name)
     recommender = read_recommender(directory)
     most = max(max(cases.values()) for cases in REQUESTS.values())
-    workload = make_workload(recommender, options.data, (options.rounds + 1) * 4 * most)
+    workload = make_workload(recommender, options.data, (options.rounds + 1) * 5 * most)
 
     def entry(title: str, name: str, made: Path) -> Entry:
         return Entry(title, name, made, REQUESTS[name], workload, recommender.config)

@@ -144,7 +144,7 @@ def main() -> None:
             "wall_seconds": time.perf_counter() - wall,
             "latencies": latencies,
             "tokens": getattr(contender, "tokens", 0) - tokens,
-            "pss_bytes": sum(process.memory_full_info().pss for process in processes()),
+            "uss_bytes": sum(process.memory_full_info().uss for process in processes()),
             "answers": [asdict(answer) for answer in answers],
         }
         print(json.dumps(measured), file=out, flush=True)

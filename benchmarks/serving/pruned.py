@@ -1,4 +1,4 @@
-"""The pruned model against the full one: requests per CPU second, weights, memory above an empty engine's.
+"""The pruned model against the full one: CPU time a request, weights, memory above an empty engine's.
 
     python -m benchmarks.serving.pruned [--rounds 3]
 
@@ -10,15 +10,16 @@ before. Writes `benchmarks/serving/pruned.json`.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.serving.checkpoints import RUNS
+from benchmarks.serving.checkpoints import RUNS, quantised
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_machine, describe_versions
 from models.atomic import write_json
-from models.checkpoint import Recommender, read_recommender, write_recommender
+from models.checkpoint import Recommender, read_recommender, read_safetensors_header, write_recommender
 from models.data import load_data
 from models.families import Shape, Traits, count_parameters, resized_config
 from models.prompt import PromptConfig
@@ -40,7 +41,8 @@ def main() -> None:
     smollm2 = _smollm2(RUNS / "smollm2-135m")
     demo = _demo(RUNS / "demo")
     pruned = [_pruned(full, RUNS / f"{full.directory.name}-pruned-5") for full in (smollm2, demo)]
-    recommenders = [smollm2, demo, *pruned, _empty(pruned[0], RUNS / "empty")]
+    int8 = [read_recommender(quantised(full.directory)) for full in (smollm2, pruned[0])]
+    recommenders = [smollm2, demo, *pruned, *int8, _empty(pruned[0], RUNS / "empty")]
     entries = [_entry(recommender, options.rounds) for recommender in recommenders]
     machine = describe_machine()
     race = run_race(entries, options.rounds, RUNS / "logs")
@@ -54,12 +56,18 @@ def main() -> None:
         r.directory.name: count_parameters(Shape.of(r.config), Traits.of(r.config)) for r in recommenders
     }
     for row in found:
-        row["weights_bytes"] = 2 * counts[row["model"]].total  # served in bf16
+        row["weights_bytes"] = sum(map(_served_bytes, (RUNS / row["model"]).glob("*.safetensors")))
         answers = race.measured[row["contender"], Case(row["clients"])].answers.values()
         row["expansions"] = sum(answer["expansions"] for answer in answers) / len(answers)
         row["non_embedding"] = counts[row["model"]].non_embedding
     write_json(Path("benchmarks/serving/pruned.json"), found)
     print(json.dumps(found, indent=1))
+
+
+def _served_bytes(weights: Path) -> int:
+    """Return the bytes of a checkpoint's tensors as they are served: floats in bf16, int8 as it is."""
+    tensors = read_safetensors_header(weights).values()
+    return sum(math.prod(t["shape"]) * (1 if t["dtype"] == "I8" else 2) for t in tensors)
 
 
 def _entry(recommender: Recommender, rounds: int) -> Entry:

@@ -55,7 +55,8 @@ class Measured:
     wall_seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
-    pss_bytes: int = 0
+    uss_bytes: int = 0
+    """Memory that no other process shares, after the last round"""
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By number of the request"""
 
@@ -157,7 +158,7 @@ def _enter(measured: Measured, result: Mapping[str, Any], first: int, count: int
     measured.cpu_seconds.append(result["cpu_seconds"] / count)
     measured.wall_seconds.append(result["wall_seconds"] / count)
     measured.latencies += result["latencies"]
-    measured.pss_bytes = result["pss_bytes"]
+    measured.uss_bytes = result["uss_bytes"]
     measured.tokens.append(result["tokens"] / count)
     if len(result["answers"]) != count:
         raise RuntimeError(f"{len(result['answers'])} answers to {count} requests")
@@ -212,7 +213,7 @@ def rows(
                     "p95": float(np.quantile(latencies, 0.95)),
                     "p99": float(np.quantile(latencies, 0.99)) if len(latencies) >= 100 else None,
                 },
-                "pss_bytes": measured.pss_bytes,
+                "uss_bytes": measured.uss_bytes,
                 "tokens_run": float(np.mean(measured.tokens)) or None,
                 "exact_share": float(np.mean(flags)) if flags else None,
                 "overlap@10": float(np.mean(overlaps)) if overlaps else None,

@@ -157,6 +157,7 @@ def test_replicas_share_the_port(recommender: Recommender, tmp_path: Path) -> No
                 assert http.post("/recommend", json={"history": ["i3"]}).status_code == 200
         assert service.process.wait(60) == 0
         assert service.none_left()
+        assert "is killed" not in service.log.read_text()
         with pytest.raises(httpx.TransportError):
             service.ask("GET", "/health/live")
         assert "Traceback" not in service.log.read_text()
@@ -196,6 +197,7 @@ def test_stopped_while_loading(recommender: Recommender, tmp_path: Path) -> None
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(60) == 0
         assert service.none_left()
+        assert "is killed" not in service.log.read_text()
 
 
 @real()
