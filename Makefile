@@ -1,6 +1,7 @@
 # What people type. Everything runs in .venv, which the first target makes (see scripts/install.sh).
 #   make demo    the whole job on MovieLens-100K: train, compress to 5 %, serve both, load-test, one table
 #   make test    every test, with coverage and the slowest ten
+#   make bench-serving  what a recommendation costs, every way to serve it: an hour, on a quiet machine
 #   make lint    ruff, mypy, the Dockerfile and the compose file
 # EXTRA=gpu installs vLLM for NVIDIA GPUs instead of the CPU build; PYTHON names the interpreter.
 
@@ -8,7 +9,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint
+.PHONY: help install demo test lint bench-serving
 
 EXTRA ?= cpu
 VENV := .venv
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
-	@sed -n '2,5s/^# \{0,1\}//p' Makefile
+	@sed -n '2,6s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -28,6 +29,19 @@ $(INSTALLED): pyproject.toml overrides.txt scripts/install.sh
 
 demo: $(INSTALLED)
 	python -m benchmarks.demo
+
+# DATA names the folder of another data set, NAME what to call it; without them MovieLens-100K.
+bench-serving: $(INSTALLED)
+	python -m benchmarks.serving $(if $(DATA),--data $(DATA) --name $(NAME))
+	python -m benchmarks.serving.exactness --model runs/serving/$(or $(NAME),ml-100k) --data $(or $(DATA),ml-100k)
+ifndef DATA
+	python -m benchmarks.serving.service
+	python -m benchmarks.serving.profile
+	python -m benchmarks.serving.pruned
+	test -d runs/ml-100k/full || finetune --base demo --data ml-100k --out runs/ml-100k/full
+	python -m benchmarks.serving.big_catalog
+endif
+	python -m benchmarks.serving.page
 
 test: $(INSTALLED)
 	# One thread each: two workers fill two cores, and threads that wait for one another by spinning do not.

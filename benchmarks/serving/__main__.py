@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.serving.checkpoints import RUNS, quantised, trained_recommender
-from benchmarks.serving.page import render, table
+from benchmarks.serving.page import HERE, cost_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_machine, describe_versions
-from models.atomic import write_json, write_text
+from models.atomic import write_json
 from models.checkpoint import read_recommender
 
-HERE = Path("benchmarks/serving")
 ONE, FEW, MANY = Case(1), Case(4), Case(16)
 ONE_RETURNING, MANY_RETURNING = Case(1, returning=True), Case(16, returning=True)
 REQUESTS: dict[str, dict[Case, int]] = {
@@ -67,8 +66,8 @@ def main() -> None:
     found = rows(race, entries, reference="worker", facts=facts)
     kept = [row for row in _earlier() if row["data"] != options.name]
     write_json(HERE / "results.json", [*kept, *found])
-    write_text(HERE / "report.html", render([*kept, *found]))
-    print(table(found))
+    write_pages()
+    print(cost_table(found).markdown())
 
 
 def _earlier() -> list[dict[str, Any]]:

@@ -218,8 +218,10 @@ def main(argv: list[str] | None = None) -> int:
     for items, found in starts.items():
         rows[items] |= {name: [one[name] for one in found] for name in found[0]}
     measured = latencies({items: read_recommender(directories[items]) for items in sizes}, options.requests)
-    for items in sizes:
-        print(json.dumps(rows[items] | measured[items]), flush=True)
+    found = [rows[items] | measured[items] for items in sizes]
+    write_json(Path("benchmarks/serving/big_catalog.json"), found)
+    for row in found:
+        print(json.dumps(row), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(f"peak memory of this process: {peak / 2**20:.0f} MiB", file=sys.stderr)
     return 0

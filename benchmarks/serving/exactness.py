@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving.exactness --model DIR --data D [--users 500]
 
-Prints one JSON row. The full ranking scores every item through the same layers, without any bound.
+Prints a JSON row and keeps it in `benchmarks/serving/exactness.json`. The full ranking scores every item
+through the same layers, without any bound.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from models.atomic import write_json
 from models.checkpoint import load_model, read_recommender
 from models.data import load_data
 from models.search import SearchRequest, SearchResult, SearchSettings
@@ -35,7 +37,11 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--users", type=int, default=500)
     options = parser.parse_args()
-    print(json.dumps(exactness(options.model, options.data, options.users)))
+    found = exactness(options.model, options.data, options.users)
+    path = Path("benchmarks/serving/exactness.json")
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*(row for row in rows if row["data"] != found["data"]), found])
+    print(json.dumps(found))
 
 
 def exactness(model: Path, data: str, users: int) -> dict[str, Any]:

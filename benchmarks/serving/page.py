@@ -1,12 +1,20 @@
-"""`report.html` of the serving benchmark: one file that opens offline; and the table in Markdown."""
+"""`report.html` and `README.md` of the serving benchmark, from the results beside it.
 
-from collections.abc import Sequence
+python -m benchmarks.serving.page
+"""
+
+import json
+from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from loadtest.page import STYLE
 from loadtest.plots import Line, line_chart
+from models.atomic import write_text
 
+HERE = Path("benchmarks/serving")
+Rows = Sequence[Mapping[str, Any]]
 TITLES = {
     "generate": "Hugging Face generate, 20 beams, prefix constraint",
     "beam-search": "vLLM LLM.beam_search, 20 beams, no catalogue",
@@ -15,34 +23,46 @@ TITLES = {
     "worker": "LeanRec in the worker",
     "worker-int8": "LeanRec in the worker, int8",
 }
-COLUMNS = (
-    "Contender",
-    "Clients",
-    "Users",
-    "CPU ms/request",
-    "x less than generate",
-    "x the floor",
-    "Requests/s",
-    "p50 ms",
-    "p95 ms",
-    "Overlap@10",
-    "Exact",
-)
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Return the table of one data set, most expensive first."""
-    base = {row["clients"]: row["cpu_seconds_per_request"] for row in rows if row["contender"] == "generate"}
-    found = []
+class Table:
+    """A heading, a note, and cells, the first row their names."""
+
+    def __init__(self, title: str, note: str, cells: Sequence[Sequence[str]], plot: str = "") -> None:
+        self.title, self.note, self.cells, self.plot = title, note, cells, plot
+
+    def markdown(self) -> str:
+        """Return it in Markdown."""
+        lines = [self.cells[0], ["---"] * len(self.cells[0]), *self.cells[1:]]
+        return f"## {self.title}\n\n{self.note}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def html(self) -> str:
+        """Return it in HTML."""
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.cells[0])
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells[1:]
+        )
+        figure = f'<div class="plots"><figure>{self.plot}</figure></div>' if self.plot else ""
+        return (
+            f'<h2>{escape(self.title)}</h2><p class="note">{escape(self.note)}</p>'
+            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{figure}'
+        )
+
+
+def cost_table(rows: Rows) -> Table:
+    """Return what each contender costs on one data set, most expensive first."""
+    base = {r["clients"]: r["cpu_seconds_per_request"] for r in rows if r["contender"] == "generate"}
+    names = "Contender|Clients|Users|CPU ms/request|Less than generate|Times the floor|Requests/s"
+    cells: list[list[str]] = [[*names.split("|"), "p50 ms", "p95 ms", "Overlap@10", "Exact"]]
     for row in sorted(rows, key=lambda r: (r["users"], r["clients"], -r["cpu_seconds_per_request"])):
         cpu = row["cpu_seconds_per_request"]
-        found.append(
+        cells.append(
             [
-                TITLES.get(row["contender"], row["contender"]),
+                TITLES.get(str(row["contender"]), str(row["contender"])),
                 str(row["clients"]),
                 row["users"],
                 f"{1e3 * cpu:.1f}",
-                f"{base[row['clients']] / cpu:.1f}" if row["clients"] in base else "",
+                f"{base[row['clients']] / cpu:.1f}x" if row["clients"] in base else "",
                 f"{row['floor_ratio']:.2f}" if row["floor_ratio"] else "",
                 f"{row['requests_per_second']:.2f}",
                 f"{row['latency_ms']['p50']:.0f}",
@@ -51,42 +71,145 @@ def cells(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
                 _share(row["exact_share"]),
             ]
         )
-    return found
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table in Markdown."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS), *(" | ".join(r) for r in cells(rows))]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
-def render(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the page of all data sets."""
-    parts = ["<h1>What a recommendation costs</h1>"]
-    for data in sorted({row["data"] for row in rows}):
-        chosen = [row for row in rows if row["data"] == data]
-        first = chosen[0]
-        parts += [
-            f"<h2>{escape(data)}, checkpoint {escape(first['model'])}</h2>",
-            f'<p class="note">{escape(first["hardware"])}; matrix products at '
-            f"{first['matrix_gflops']:.0f} GFLOP/s in the same run; floor "
-            f"{1e3 * first['floor_seconds']:.1f} ms a fresh request; load average "
-            f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
-            f"commit {escape(first['commit'])}, {escape(first['date'])}; "
-            "<code>python -m benchmarks.serving</code>. Latencies and requests per second depend on what "
-            "else the machine does; CPU time hardly does.</p>",
-            _html_table(cells(chosen)),
-            f'<div class="plots"><figure>{_latency_plot(chosen)}</figure></div>',
-        ]
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Serving benchmark</title>'
-        f"<style>{STYLE}</style><body>{''.join(parts)}</body></html>\n"
+    first = rows[0]
+    note = (
+        f"{first['hardware']}; matrix products at {first['matrix_gflops']:.0f} GFLOP/s in the same run, "
+        f"floor {1e3 * first['floor_seconds']:.1f} ms a fresh request; load average "
+        f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
+        f"commit {first['commit']}, {first['date']}. Overlap is with the exact top ten. Latencies depend on "
+        "what else the machine does; CPU time much less. `python -m benchmarks.serving`"
     )
+    return Table(f"What a recommendation costs: {first['data']}", note, cells, _latency_plot(rows))
 
 
-def _latency_plot(rows: Sequence[dict[str, Any]]) -> str:
-    fresh = [row for row in rows if row["users"] == "fresh" and row["contender"] in ("pooling", "worker")]
+def exactness_table(rows: Rows) -> Table:
+    """Return what certificates are worth."""
+    names = (
+        "Data|Users|Items|Branching nodes|Flagged exact|Flag is right|Largest score difference|"
+        "Alone = in a batch|Returning = cold|Expansions p50/p95/max|Small budget: overlap@10"
+    )
+    cells: list[list[str]] = [list(names.split("|"))]
+    for row in rows:
+        nodes, small = row["expansions"], row["small_budget"]
+        cells.append(
+            [
+                row["data"],
+                str(row["users"]),
+                f"{row['items']:,}",
+                f"{row['branching_nodes']:,}",
+                f"{row['exact_share']:.1%}",
+                f"{row['exact_equal_share']:.1%}",
+                f"{row['max_score_difference']:.1e}",
+                f"{row['alone_equals_batched']:.1%}",
+                f"{row['returning_equals_cold']:.1%}",
+                f"{nodes['p50']:.0f}/{nodes['p95']:.0f}/{nodes['p100']:.0f}",
+                f"{_share(small['overlap@10'])} ({small['unproved']} users)",
+            ]
+        )
+    note = (
+        "Each answer against the ranking of the whole catalogue, same order and scores. The last column: a "
+        "budget too small to prove anything, every list still full. `python -m benchmarks.serving.exactness`"
+    )
+    return Table("Does exact mean exact?", note, cells)
+
+
+def pruned_table(rows: Rows) -> Table:
+    """Return full against pruned."""
+    empty = next(r["uss_bytes"] for r in rows if r["model"] == "empty")
+    names = "Model|Clients|CPU ms/request|Weights MB|Memory above an empty engine, MB|Nodes opened"
+    cells = [names.split("|")]
+    for row in rows:
+        cells.append(
+            [
+                row["model"],
+                str(row["clients"]),
+                f"{1e3 * row['cpu_seconds_per_request']:.2f}",
+                f"{row['weights_bytes'] / 1e6:.1f}",
+                f"{(row['uss_bytes'] - empty) / 1e6:.1f}",
+                f"{row['expansions']:.0f}",
+            ]
+        )
+    note = "Random weights, equal numbers of nodes, fresh users. `python -m benchmarks.serving.pruned`"
+    return Table("Pruned against full", note, cells)
+
+
+def service_table(found: Mapping[str, Any]) -> Table:
+    """Return what HTTP leaves of the engine."""
+    low, high = found["throughput_kept_range"]
+    loop, latency = found["open_loop"], found["open_loop"]["latency_ms"]
+    cells = [
+        ["Figure", "Value"],
+        ["Throughput kept at 16 clients", f"{found['throughput_kept']:.1%} ({low:.1%} to {high:.1%})"],
+        [
+            "70 % load, p50 / p95 / p99",
+            f"{latency['p50']:.0f} / {latency['p95']:.0f} / {latency['p99']:.0f} ms",
+        ],
+        ["p99 over p50", f"{found['p99_over_p50']:.2f} ({loop['requests']} requests)"],
+        ["Longest lag of the event loop", f"{found['event_loop_lag_ms']:.0f} ms"],
+        ["Idle CPU, of one core", f"{found['idle_cpu']:.1%}"],
+    ]
+    return Table("Over HTTP", "`python -m benchmarks.serving.service`", cells)
+
+
+def profile_table(found: Mapping[str, Any]) -> Table:
+    """Return where the service's time goes."""
+    cells = [
+        ["Work", "Share of samples"],
+        *([kind, f"{share:.1%}"] for kind, share in found["shares"].items()),
+    ]
+    note = "Stacks sampled in the service under 16 clients. `python -m benchmarks.serving.profile`"
+    return Table("Where the time goes", note, cells)
+
+
+def catalogue_table(rows: Rows) -> Table:
+    """Return a million items beside two thousand."""
+    keys = [key for key in rows[0] if not key.startswith("budget_")]
+    cells = [["Figure", *(f"{row['items']:,} items" for row in rows)]]
+    cells += [[key.replace("_", " "), *(str(row[key]) for row in rows)] for key in keys[1:]]
+    for key in (key for key in rows[0] if key.startswith("budget_")):
+        for figure in ("p50_cpu_ms", "p50_ms", "mean_expansions"):
+            name = f"{key.replace('_', ' ')}: {figure.replace('_', ' ')}"
+            cells.append([name, *(str(row[key][figure]) for row in rows)])
+    note = "`python -m benchmarks.serving.big_catalog`"
+    return Table("A million items", note, cells)
+
+
+def tables(folder: Path = HERE) -> list[Table]:
+    """Return a table for each result that is there."""
+
+    def read(name: str) -> Any:
+        path = folder / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    rows = read("results.json") or []
+    found = [cost_table([r for r in rows if r["data"] == d]) for d in dict.fromkeys(r["data"] for r in rows)]
+    makers = (
+        ("exactness.json", exactness_table),
+        ("service.json", service_table),
+        ("profile.json", profile_table),
+        ("pruned.json", pruned_table),
+        ("big_catalog.json", catalogue_table),
+    )
+    return found + [make(result) for name, make in makers if (result := read(name)) is not None]
+
+
+def write_pages(folder: Path = HERE) -> None:
+    """Write `report.html` and `README.md`."""
+    found = tables(folder)
+    intro = "Every figure here was measured by the commands it names; `make bench-serving` runs all of them."
+    write_text(
+        folder / "report.html",
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Serving benchmark</title>'
+        f"<style>{STYLE}</style><body><h1>Serving benchmark</h1><p>{escape(intro)}</p>"
+        f"{''.join(table.html() for table in found)}</body></html>\n",
+    )
+    texts = ["# Serving benchmark", intro, *(table.markdown() for table in found)]
+    write_text(folder / "README.md", "\n\n".join(texts) + "\n")
+
+
+def _latency_plot(rows: Rows) -> str:
     styles = {"worker": "pruned", "pooling": "full"}
+    fresh = [row for row in rows if row["users"] == "fresh" and row["contender"] in styles]
     lines = [
         Line(
             TITLES[name],
@@ -101,11 +224,9 @@ def _latency_plot(rows: Sequence[dict[str, Any]]) -> str:
     return line_chart(lines, title=title, x_label="clients", y_label="ms", log_x=True) if lines else ""
 
 
-def _html_table(body: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body)
-    return f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
-
-
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    write_pages()

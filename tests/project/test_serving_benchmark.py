@@ -1,5 +1,6 @@
 """The serving benchmark on a tiny model: what it times answers rightly, and its rows say what is promised."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from benchmarks.serving.exactness import exactness
 from benchmarks.serving.floor import matrix_shapes, request_flops
-from benchmarks.serving.page import render, table
+from benchmarks.serving.page import cost_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from models.checkpoint import read_recommender
@@ -72,9 +73,11 @@ def test_contenders_give_the_same_and_the_page_shows_them(tiny: tuple[Path, Path
         assert row["requests"] == 2 * (2 if row["clients"] == 1 else 6)
     exact = [row for row in found if row["contender"] == "worker"]
     assert {row["exact_share"] for row in exact} == {1.0}
-    page = render(found)
-    assert "LeanRec in the worker" in page
-    assert table(found).count("\n") == 6
+    assert cost_table(found).markdown().count("\n") == 10
+    (tmp_path / "results.json").write_text(json.dumps(found))
+    write_pages(tmp_path)
+    for page in ("report.html", "README.md"):
+        assert "LeanRec in the worker" in (tmp_path / page).read_text()
 
 
 @pytest.mark.slow
