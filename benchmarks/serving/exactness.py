@@ -25,8 +25,8 @@ from models.vllm_search import WorkerSearch
 
 K = 10
 BATCH = 8
-SMALL_BUDGET = 12
-"""Expansions of a search that is to end before it has proved its answer."""
+SMALL_BUDGETS = (12, 24, 48)
+"""Expansions of searches that are to end before they have proved their answer."""
 FP32_USERS = 25
 
 
@@ -72,13 +72,12 @@ def exactness(model: Path, data: str, users: int) -> dict[str, Any]:
     returning = run(requests, cold=False)
     everything = SearchSettings(width=10**6, max_expansions=10**9)
     full = _with(search, everything, [replace(r, k=len(recommender.catalog)) for r in requests], batch=1)
-    small = _with(search, SearchSettings(max_expansions=SMALL_BUDGET), requests)
+    small = {b: _with(search, SearchSettings(max_expansions=b), requests) for b in SMALL_BUDGETS}
     reference = TransformersEngine(load_model(recommender), recommender.trie)
     fp32 = reference.recommend(requests[:FP32_USERS])
     engine.close()
     truth = [replace(r, rows=r.rows[:K], scores=r.scores[:K]) for r in full]
     proved = [index for index, result in enumerate(batched) if result.exact]
-    unproved = [index for index, result in enumerate(small) if not result.exact]
     expansions = np.array([result.expansions for result in batched])
     return {
         "data": Path(data).name,
@@ -97,14 +96,9 @@ def exactness(model: Path, data: str, users: int) -> dict[str, Any]:
             np.mean([a.rows == b.rows for a, b in zip(returning, batched, strict=True)])
         ),
         "expansions": {f"p{q}": float(np.quantile(expansions, q / 100)) for q in (50, 95, 99, 100)},
-        "small_budget": {
-            "max_expansions": SMALL_BUDGET,
-            "unproved": len(unproved),
-            "items_returned": sorted({len(small[i].rows) for i in unproved}),
-            "overlap@10": float(np.mean([_overlap(small[i], truth[i]) for i in unproved]))
-            if unproved
-            else None,
-        },
+        "small_budgets": [
+            {"max_expansions": budget} | _unproved(results, truth) for budget, results in small.items()
+        ],
         "fp32_overlap@10": float(np.mean([_overlap(a, b) for a, b in zip(batched, fp32, strict=False)])),
     }
 
@@ -118,6 +112,15 @@ def _with(
         for start in range(0, len(requests), batch)
         for r in other.run(requests[start : start + batch]).results
     ]
+
+
+def _unproved(results: Sequence[SearchResult], truth: Sequence[SearchResult]) -> dict[str, Any]:
+    pairs = [(found, right) for found, right in zip(results, truth, strict=True) if not found.exact]
+    return {
+        "unproved": len(pairs),
+        "items_returned": sorted({len(found.rows) for found, _ in pairs}),
+        "overlap@10": float(np.mean([_overlap(*pair) for pair in pairs])) if pairs else None,
+    }
 
 
 def _overlap(one: SearchResult, other: SearchResult) -> float:

@@ -86,11 +86,11 @@ def exactness_table(rows: Rows) -> Table:
     """Return what certificates are worth."""
     names = (
         "Data|Users|Items|Branching nodes|Flagged exact|Flag is right|Largest score difference|"
-        "Alone = in a batch|Returning = cold|Expansions p50/p95/max|Small budget: overlap@10"
+        "Alone = in a batch|Returning = cold|Expansions p50/p95/max|Budget too small: overlap@10"
     )
     cells: list[list[str]] = [list(names.split("|"))]
     for row in rows:
-        nodes, small = row["expansions"], row["small_budget"]
+        nodes, small = row["expansions"], row["small_budgets"]
         cells.append(
             [
                 row["data"],
@@ -103,12 +103,17 @@ def exactness_table(rows: Rows) -> Table:
                 f"{row['alone_equals_batched']:.1%}",
                 f"{row['returning_equals_cold']:.1%}",
                 f"{nodes['p50']:.0f}/{nodes['p95']:.0f}/{nodes['p100']:.0f}",
-                f"{_share(small['overlap@10'])} ({small['unproved']} users)",
+                "; ".join(
+                    f"{part['max_expansions']}: {_share(part['overlap@10'])} ({part['unproved']} users)"
+                    for part in small
+                    if part["unproved"]
+                ),
             ]
         )
     note = (
-        "Each answer against the ranking of the whole catalogue, same order and scores. The last column: a "
-        "budget too small to prove anything, every list still full. `python -m benchmarks.serving.exactness`"
+        "Each answer against the ranking of the whole catalogue, same order and scores. The last column: "
+        "budgets too small to prove the answers of some users; every list is still full. "
+        "`python -m benchmarks.serving.exactness`"
     )
     return Table("Does exact mean exact?", note, cells)
 
