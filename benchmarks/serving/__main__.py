@@ -26,7 +26,7 @@ ONE, FEW, MANY = Case(1), Case(4), Case(16)
 ONE_RETURNING, MANY_RETURNING = Case(1, returning=True), Case(16, returning=True)
 REQUESTS: dict[str, dict[Case, int]] = {
     "generate": {ONE: 3, MANY: 8},
-    "beam-search": {ONE: 1, MANY: 16},
+    "beam-search": {ONE: 1, MANY: 8},
     "async-loop": {ONE: 4, MANY: 32},
     "pooling": {ONE: 8, FEW: 16, MANY: 32},
     "worker": {ONE: 32, FEW: 48, MANY: 128, ONE_RETURNING: 32, MANY_RETURNING: 128},
