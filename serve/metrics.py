@@ -81,7 +81,7 @@ class Metrics:
 class LoopLag:
     """Measures how late the event loop runs what is due: nothing on it may take long."""
 
-    STEP_S = 0.02
+    STEP_S = 0.05
     WINDOW_S = 30.0
 
     def __init__(self) -> None:

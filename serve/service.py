@@ -6,7 +6,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -56,6 +56,11 @@ class Loaded:
     vllm: str | None
     golden: Callable[[], Golden]
     limits: BatchLimits = field(default_factory=BatchLimits)
+
+    @cached_property
+    def name(self) -> str:
+        """The directory's own name, links followed."""
+        return self.recommender.directory.resolve().name
 
 
 class Service:
@@ -147,7 +152,7 @@ class Service:
             exact=answered.result.exact,
             cold_start=prepared.search is None,
             unknown_items=prepared.unknown,
-            model=loaded.recommender.directory.resolve().name,
+            model=loaded.name,
             catalog_version=shelf.version,
             timings_ms=timings,
         )
@@ -216,7 +221,7 @@ class Service:
         shape = Shape.of(config)
         counts = count_parameters(shape, Traits.of(config))
         return ModelInfo(
-            name=loaded.recommender.directory.resolve().name,
+            name=loaded.name,
             architecture=config.architectures[0],
             shape=ModelShape(**asdict(shape)),
             parameters=Parameters(

@@ -32,7 +32,9 @@ from models.checkpoint import read_recommender
 CLIENTS = 16
 REQUESTS = 192
 LOAD = 0.7
-OPEN_SECONDS = 30.0
+OPEN_SECONDS = 40.0
+SETTLE_SECONDS = 31.0
+IDLE_SECONDS = 20.0
 
 
 def main() -> None:
@@ -50,7 +52,7 @@ def main() -> None:
 def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
     """Return throughput and CPU time of engine and service, and the service's latencies under open load."""
     recommender = read_recommender(directory)
-    workload = make_workload(recommender, data, (rounds + 3) * REQUESTS)
+    workload = make_workload(recommender, data, (rounds + 5) * REQUESTS)
     ids = [[recommender.catalog.item_ids[row] for row in rows] for rows in workload.histories]
     case = Case(CLIENTS)
     entry = Entry("engine", "worker", directory, {case: REQUESTS}, workload, recommender.config)
@@ -89,11 +91,13 @@ def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
                 )
         server.send_signal(signal.SIGCONT)
         rate = LOAD * float(np.median([pair["service_requests_per_second"] for pair in pairs]))
+        # The gauge looks back over two windows of 30 s: by its end neither holds the stops above.
+        time.sleep(SETTLE_SECONDS - IDLE_SECONDS)
+        idle = sum(server.cpu_times()[:2])
+        time.sleep(IDLE_SECONDS)
+        idle = (sum(server.cpu_times()[:2]) - idle) / IDLE_SECONDS
         latencies = np.array(asyncio.run(_open_loop(url, ids[(rounds + 1) * REQUESTS :], rate)))
         lag = _event_loop_lag(url)
-        idle = sum(server.cpu_times()[:2])
-        time.sleep(10)
-        idle = (sum(server.cpu_times()[:2]) - idle) / 10
     ratio = [pair["service_requests_per_second"] / pair["engine_requests_per_second"] for pair in pairs]
     quantiles = {f"p{q}": 1e3 * float(np.quantile(latencies, q / 100)) for q in (50, 95, 99)}
     return {
