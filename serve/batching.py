@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 class BatchLimits:
     """A batch holds the event of its slowest request back, so it is bounded."""
 
-    requests: int = 4
+    requests: int = 8
     prompt_tokens: int = 2400
     waiting: int = 256
     """Requests that may wait; more are turned away with 503"""
