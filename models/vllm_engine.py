@@ -17,6 +17,7 @@ from models.vllm_model import (
     max_length,
     prepare_environment,
     read_head_weight,
+    release_process_groups,
 )
 from models.vllm_pooling import PoolingEngine
 from models.vllm_search import SearchOutcome, SearchSetup
@@ -66,6 +67,8 @@ def open_engine(
     if reason is None:
         reason = llm.collective_rpc("trie_search_obstacle")[0]
     if reason is None:
+        if on_cpu:
+            release_process_groups()
         return WorkerEngine(llm, setup)
     logger.warning("the search runs on vLLM's pooling API, slower, not inside its worker: %s", reason)
     return PoolingEngine(llm, setup)

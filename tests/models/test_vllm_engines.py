@@ -119,6 +119,32 @@ def test_any_batch(bench: Bench, seed: int) -> None:
         )
 
 
+def test_an_idle_engine_has_no_threads_that_wake(bench: Bench) -> None:
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    assert sum(name.startswith("gloo") for name in names) <= 1  # vLLM starts a dozen
+
+
+def test_returning_users_through_evictions(bench: Bench) -> None:
+    prompter, rng = bench.recommender.prompter, np.random.default_rng(5)
+    histories = [rng.integers(0, 150, length).tolist() for length in rng.integers(5, 30, 200)]
+    grown = [SearchRequest(prompt=prompter.encode([*h, int(rng.integers(150))])) for h in histories]
+    earlier = [SearchRequest(prompt=prompter.encode(history)) for history in histories]
+    search = variant(bench, blocks=150)
+    cold = []
+    for start in range(0, 200, 8):
+        search.pool.forget()
+        cold += search.run(grown[start : start + 8]).results
+    cached = 0
+    for start in range(0, 200, 8):
+        search.run(earlier[start : start + 8])
+        if start:  # the users before, whose blocks are going
+            outcome = search.run(grown[start - 8 : start])
+            cached += outcome.timings.cached_tokens
+            assert_same(outcome.results, cold[start - 8 : start])
+    assert 0 < cached < sum(len(r.prompt) for r in earlier)
+    assert search.pool.num_cached < 150
+
+
 def test_every_block_comes_back(bench: Bench) -> None:
     pool = bench.search.pool
     bench.engine.recommend(bench.requests)
