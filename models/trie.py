@@ -129,17 +129,6 @@ class Trie:
             target, node = node, int(self.parent[node])
         return nodes[::-1], choices[::-1]
 
-    def nodes_above(self, rows: np.ndarray) -> np.ndarray:
-        """Return bool `[nodes]`: whether a node leads to any of the catalogue rows."""
-        alive = np.zeros(self.num_nodes, bool)
-        nodes = np.unique(self.leaf_parent[self.leaf_of_item[rows]])
-        while nodes.size:
-            alive[nodes] = True
-            nodes = np.unique(self.parent[nodes])
-            nodes = nodes[nodes >= 0]
-            nodes = nodes[~alive[nodes]]
-        return alive
-
 
 def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids: Sequence[str]) -> Trie:
     """Return the trie of the titles' token sequences, one per catalogue row.
