@@ -151,9 +151,21 @@ class _Refit:
 
 
 def fit_readers(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], trie: Trie, basis: Tensor
+    model: PreTrainedModel,
+    batches: Sequence[CalibrationBatch],
+    trie: Trie,
+    basis: Tensor,
+    *,
+    refit: bool = True,
 ) -> Readers:
-    """Return how the readers of a model's norms should read a stream in this basis."""
+    """Return how the readers of a model's norms should read a stream in this basis.
+
+    Args:
+        refit: fit them to the calibration batches; without it, what is lost is lost.
+    """
+    if not refit:
+        norm = model.model.norm.weight.detach().double()
+        return Readers([basis for _ in norms_of(model)], (basis.square() * norm[:, None]).sum(0))
     refits = [_Refit(basis) for _ in norms_of(model)]
     observe(model, batches, dict(zip(norms_of(model), refits, strict=True)))
     final = model.model.norm.weight.detach().double()

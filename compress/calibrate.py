@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models.losses import ValidLogProbs, ValidTokens, valid_kl
+from models.precision import exact_products
 
 HISTORY_WEIGHT = 0.1
 
@@ -75,7 +76,11 @@ def observe(
     weights = mask = torch.empty(0)
 
     def pre_hook(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, inputs: observer(inputs[0].flatten(0, 1)[mask].float(), weights)
+        def see(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with exact_products(model.device.type):
+                observer(inputs[0].flatten(0, 1)[mask].float(), weights)
+
+        return see
 
     handles = [module.register_forward_pre_hook(pre_hook(see)) for module, see in observers.items()]
     with hooked(handles):

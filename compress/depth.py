@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
+from compress.prunerec import perplexity
 from compress.rebuild import rebuild
 from compress.stage import StageReport
 from models.families import Shape, non_embedding_parameters, resized_config
@@ -18,31 +20,41 @@ NOT_TRIED = -1.0
 
 
 def prune_depth(
-    model: PreTrainedModel, shape: Shape, batches: Sequence[CalibrationBatch], trie: Trie
+    model: PreTrainedModel,
+    shape: Shape,
+    batches: Sequence[CalibrationBatch],
+    trie: Trie,
+    *,
+    by: Literal["kl", "perplexity"] = "kl",
 ) -> tuple[PreTrainedModel, StageReport]:
     """Return the model with the shape's number of layers.
 
-    Again and again the layer goes whose removal leaves the smallest KL to the model given. Without a
+    Again and again the layer goes whose removal leaves the smallest KL to the model given (or the smallest
+    perplexity of the calibration titles). Without a
     layer more, removing another costs more, hardly ever less; so a layer's KL of an earlier round bounds
     its KL now, and a round tries layers in that order until one is below the next one's bound. Layer 0
     always stays: it turns tokens into what all others read.
     """
     valid = ValidTokens(trie, model.device)
     reference = reference_scores(model, batches, valid)
+
+    def cost() -> float:
+        if by == "perplexity":
+            return perplexity(model, batches)
+        return calibration_kl(model, batches, valid, reference)
+
     kept = list(range(model.config.num_hidden_layers))
     dropped: list[int] = []
     rounds: list[list[float]] = []
     bounds = dict.fromkeys(kept[1:], 0.0)
-    kl = 0.0
     while len(kept) > shape.num_layers:
         tried: dict[int, float] = {}
         for layer in sorted(bounds, key=lambda layer: (bounds[layer], -layer)):
             if tried and min(tried.values()) <= bounds[layer]:
                 break
             with _only_layers(model, [other for other in kept if other != layer]):
-                tried[layer] = calibration_kl(model, batches, valid, reference)
+                tried[layer] = cost()
         gone = min(tried, key=lambda layer: (tried[layer], -layer))
-        kl = tried[gone]
         bounds |= tried
         del bounds[gone]
         kept.remove(gone)
@@ -61,7 +73,7 @@ def prune_depth(
     return pruned, StageReport(
         name="depth",
         parameters=non_embedding_parameters(pruned.config),
-        calibration_kl=kl,
+        calibration_kl=calibration_kl(pruned, batches, valid, reference),
         importances={"layers": rounds},
         kept={"layers": [kept]},
         dropped_layers=tuple(dropped),

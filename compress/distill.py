@@ -1,11 +1,16 @@
-"""The distillation loss: forward KL from the teacher over valid tokens and over the whole vocabulary."""
+"""The distillation loss: forward KL from the teacher over valid tokens and over the whole vocabulary.
+
+Beside them the same two without a teacher, against the token that followed: controls and the published
+method need those.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from models.losses import ValidTokens, valid_kl
+from models.losses import ValidTokens, valid_kl, vocabulary_cross_entropy
 
 CHUNK_ELEMENTS = 2**22
 """Logits made at a time; four million fp32 numbers stay near the cache."""
@@ -13,12 +18,16 @@ CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Shares of the two KL terms."""
+    """Shares of the terms."""
 
-    valid: float = 0.5
+    valid: float = 0.0
     """of the KL over trie children, nats per title"""
-    vocabulary: float = 0.5
+    vocabulary: float = 0.0
     """of the KL over all tokens, nats per title position"""
+    targets: float = 0.0
+    """of the cross-entropy over trie children, nats per title"""
+    vocabulary_targets: float = 0.0
+    """of the cross-entropy over all tokens, nats per title position"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ def distillation_loss(
     teacher_head: torch.Tensor,
     *,
     nodes: torch.Tensor,
+    next_ids: torch.Tensor,
     valid_tokens: ValidTokens,
     weights: LossWeights,
 ) -> DistillationLoss:
@@ -48,6 +58,7 @@ def distillation_loss(
         teacher_hidden: the unpruned model's at the same positions `[positions, teacher hidden]`.
         teacher_head: `[vocabulary, teacher hidden]`.
         nodes: trie node whose child the next token selects, -1 where it is forced `[positions]`.
+        next_ids: the token that followed `[positions]`.
 
     Source: forward KL at T = 1, Minitron (2407.14679); softmax over valid tokens, MSL (2504.04178).
     """
@@ -55,12 +66,32 @@ def distillation_loss(
     at = torch.nonzero(nodes >= 0).squeeze(1)
     with torch.no_grad():
         wanted = valid_tokens.log_probs(teacher_hidden[at], teacher_head, nodes[at])
-    valid = valid_kl(wanted, valid_tokens.log_probs(student_hidden[at], student_head, nodes[at]))
+    ours = valid_tokens.log_probs(student_hidden[at], student_head, nodes[at])
+    valid = valid_kl(wanted, ours)
     total, vocabulary = weights.valid * valid, torch.zeros_like(valid)
     if weights.vocabulary:
         vocabulary = chunked_vocabulary_kl(student_hidden, student_head, teacher_hidden, teacher_head)
         total = total + weights.vocabulary * vocabulary
+    if weights.targets:
+        chosen = valid_tokens.chosen(ours, nodes[at], next_ids[at])
+        total = total - weights.targets * chosen.sum() / (nodes == 0).sum().clamp(min=1)
+    if weights.vocabulary_targets:
+        missed = chunked_vocabulary_cross_entropy(student_hidden, student_head, next_ids)
+        total = total + weights.vocabulary_targets * missed
     return DistillationLoss(total, valid.detach(), vocabulary.detach())
+
+
+def chunked_vocabulary_cross_entropy(
+    hidden: torch.Tensor, head: torch.Tensor, next_ids: torch.Tensor
+) -> torch.Tensor:
+    """Return `vocabulary_cross_entropy`, the mean over positions, without keeping any logits."""
+    step = max(1, CHUNK_ELEMENTS // len(head))
+    total = hidden.new_zeros(())
+    for start in range(0, len(hidden), step):
+        part = slice(start, start + step)
+        mean = checkpoint(vocabulary_cross_entropy, hidden[part], head, next_ids[part], use_reentrant=False)
+        total = total + mean * len(next_ids[part])
+    return total / len(hidden)
 
 
 def chunked_vocabulary_kl(

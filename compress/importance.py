@@ -70,7 +70,8 @@ def gate_scores(
             units = [*seen["heads"], *seen["neurons"], *seen["norms"]]
             gradients = torch.autograd.grad(drawn.sum(), units)
             # Sum over time of <a, gradient>, per row and unit.
-            slopes = [(unit.detach() * grad).sum(1) for unit, grad in zip(units, gradients, strict=True)]
+            pairs = zip(units, gradients, strict=True)
+            slopes = [(unit.detach().float() * grad.float()).sum(1) for unit, grad in pairs]
             by_head = torch.stack(slopes[:num_layers]).unflatten(-1, (-1, head_dim)).sum(-1)
             by_neuron = torch.stack(slopes[num_layers : 2 * num_layers])
             by_channel = torch.stack(slopes[2 * num_layers :]).sum(0)

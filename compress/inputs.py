@@ -88,25 +88,6 @@ def aligned(data: Dataset, catalog: Catalog) -> Dataset:
     )
 
 
-def some_examples(examples: Examples, count: int, seed: int) -> Examples:
-    """Return `count` of the examples, chosen by `seed`, or all where there are no more."""
-    if len(examples) <= count:
-        return examples
-    chosen = np.sort(np.random.default_rng(seed).choice(len(examples), count, replace=False))
-    histories = examples.histories
-    lengths = np.diff(histories.offsets)[chosen]
-    return replace(
-        examples,
-        histories=Sequences(
-            tuple(histories.user_ids[i] for i in chosen),
-            np.concatenate([histories[int(i)] for i in chosen]),
-            np.concatenate([[0], np.cumsum(lengths)]),
-        ),
-        targets=examples.targets[chosen],
-        later_day=examples.later_day[chosen],
-    )
-
-
 def model_sha256(directory: Path) -> str:
     """Return one checksum over all that a recommender's answers depend on."""
     digest = hashlib.sha256()

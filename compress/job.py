@@ -28,6 +28,8 @@ class Job:
     seed: int = 0
     device: str = "auto"
     plan_only: bool = False
+    shared: Path | None = None
+    """where what the full model said is kept for runs that differ in the recipe alone; None: not kept"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,7 @@ class Run:
     quantize: str
     seed: int
     device: str
+    shared: Path | None
     settings: dict[str, Any]
     """all that the result depends on; a run with the same settings gives the same result"""
 

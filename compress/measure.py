@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from models.checkpoint import Recommender
 from models.data import Examples
 from models.evaluate import evaluate
+from models.precision import fast_products
 from models.transformers_engine import TransformersEngine
 
 
@@ -23,10 +24,13 @@ class Yardstick:
     def nll(self, model: PreTrainedModel) -> float:
         """Return the negative log-likelihood of the next item, renormalised over the catalogue, nats."""
         engine = TransformersEngine(model, self.recommender.trie)
-        return -float(np.mean(engine.log_probability(self._prompts, self.examples.targets.tolist())))
+        with fast_products(model.device.type):
+            found = engine.log_probability(self._prompts, self.examples.targets.tolist())
+        return -float(np.mean(found))
 
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Return ranking metrics by exact search, and `nll`."""
         engine = TransformersEngine(model, self.recommender.trie)
-        found = evaluate(engine, self.recommender.prompter, self.examples)
+        with fast_products(model.device.type):
+            found = evaluate(engine, self.recommender.prompter, self.examples)
         return {**found.metrics, "nll": self.nll(model)}

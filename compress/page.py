@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from compress.plots import Bar, Line, bar_chart, heat_map, line_chart
-from compress.report import STAGE_NAMES, Evidence
+from compress.report import Evidence, stage_names
 
 STYLE = """
 :root{color-scheme:light dark;--text:#1b1f24;--soft:#5c6670;--line:#d8dde3;--back:#fff;--card:#f6f8fa;
@@ -169,7 +169,7 @@ def _stage_figures(report: dict[str, Any], evidence: Evidence) -> str:
 def _restoration_figures(evidence: Evidence) -> str:
     nll, kl = [], []
     before = 0.0
-    for name, facts in zip(STAGE_NAMES, evidence.restored, strict=True):
+    for name, facts in zip(stage_names(evidence.plan), evidence.restored, strict=True):
         nll.append(Line(name, [(before + e["tokens"], e["nll"]) for e in facts["curve"]]))
         kl.append(Line(name, [(before + e["tokens"], e["kl_valid"]) for e in facts["losses"]]))
         before += facts["tokens"]
@@ -190,7 +190,9 @@ def _restoration_figures(evidence: Evidence) -> str:
 
 
 def _importance_figures(evidence: Evidence) -> str:
-    width, _, depth = (cut["surgery"] for cut in evidence.cuts)
+    made = {told["name"]: told for cut in evidence.cuts for told in cut["surgery"]}
+    nothing: dict[str, Any] = {"importances": {}, "kept": {}, "dropped_layers": []}
+    width, depth = made.get("width", nothing), made.get("depth", nothing)
     figures = []
     for key, label in (("query_heads", "query head"), ("kv_groups", "KV group")):
         rows = width["importances"].get(key)

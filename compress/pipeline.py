@@ -106,12 +106,14 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     """Return the inputs, read and checked, and the plan."""
     full = read_recommender(directory)
     check_supported(full.config, str(directory))
-    plan = make_plan(full.config, job.target)
+    recipe = RECIPES[job.recipe]
+    plan = make_plan(
+        full.config, job.target, cuts=tuple(stage.cuts for stage in recipe.stages), shape=recipe.shape
+    )
     data = inputs.aligned(load_data(_data_spec(job, full)), full.catalog)
     trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None
     if trimmed:
         plan = plan.with_vocabulary(len(trimmed.rows))
-    recipe = RECIPES[job.recipe]
     tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
     settings = {
         "recipe": job.recipe,
@@ -135,6 +137,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         quantize=job.quantize,
         seed=job.seed,
         device=device,
+        shared=job.shared,
         settings=settings,
     )
 
@@ -147,9 +150,9 @@ def _title_tokens(full: Recommender, data: Dataset) -> int:
 
 def _cost(run: Run) -> str:
     """Return in words what the work will take."""
-    counts, shares = run.plan.counts, run.recipe.stage_shares
+    counts, shares = run.plan.counts, [stage.share for stage in run.recipe.stages]
     drawn = run.recipe.drawings * _title_tokens(run.full, run.data)
-    read = min(run.tokens * max(shares), drawn)
+    read = min(run.tokens, drawn)
     reading = 2 * counts[0].total * read
     training = sum(
         share * run.tokens * 6 * count.total for share, count in zip(shares, counts[1:], strict=True)

@@ -2,10 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from models.errors import UsageError
 from models.families import ParameterCounts, Shape, Traits, count_parameters
@@ -13,7 +13,7 @@ from models.families import ParameterCounts, Shape, Traits, count_parameters
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-STAGES = ("width", "mlp", "depth")
+THREE_CUTS = (("width",), ("mlp",), ("depth",))
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SMALLEST_HIDDEN = 16
 SMALLEST_MLP = 8
@@ -34,8 +34,10 @@ class Plan:
     budget: int
     """non-embedding parameters the result may have at most"""
     full: Shape
-    stages: tuple[Shape, Shape, Shape]
-    """after heads and hidden width, after MLP width, after depth"""
+    cuts: tuple[tuple[str, ...], ...]
+    """of each stage: `width` (heads and hidden size), `mlp`, `depth`; none where weights start at random"""
+    stages: tuple[Shape, ...]
+    """after each stage"""
     traits: Traits
     """of the result: `vocab_size` is the trimmed one where the vocabulary is"""
     full_vocab_size: int
@@ -45,21 +47,24 @@ class Plan:
         return self.stages[-1]
 
     @property
-    def counts(self) -> tuple[ParameterCounts, ParameterCounts, ParameterCounts, ParameterCounts]:
+    def counts(self) -> tuple[ParameterCounts, ...]:
         """Parameters of the full model and after each stage."""
         full = count_parameters(self.full, replace(self.traits, vocab_size=self.full_vocab_size))
-        first, second, third = (count_parameters(shape, self.traits) for shape in self.stages)
-        return full, first, second, third
+        return full, *(count_parameters(shape, self.traits) for shape in self.stages)
 
     @property
     def full_count(self) -> int:
         return self.counts[0].non_embedding
 
     @property
-    def stage_counts(self) -> tuple[int, int, int]:
+    def stage_counts(self) -> tuple[int, ...]:
         """Non-embedding parameters after each stage."""
-        _, first, second, third = self.counts
-        return first.non_embedding, second.non_embedding, third.non_embedding
+        return tuple(count.non_embedding for count in self.counts[1:])
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """What each stage cuts, for people and for the steps of the work."""
+        return tuple("+".join(cuts) or "random" for cuts in self.cuts)
 
     def with_vocabulary(self, size: int) -> "Plan":
         """Return the plan whose stages all have a vocabulary of another size."""
@@ -73,7 +78,7 @@ class Plan:
             f"target {self.target_text}: keep {kept:,} of {self.full_count:,} non-embedding parameters "
             f"({kept / self.full_count:.2%}; at most {self.budget:,})",
             "",
-            _row("", "full", *(f"{n} {name}" for n, name in enumerate(STAGES, 1))),
+            _row("", "full", *(f"{n} {name}" for n, name in enumerate(self.stage_names, 1))),
         ]
         shapes = (self.full, *self.stages)
         for label, field in (
@@ -98,7 +103,7 @@ class Plan:
 
 
 def _row(label: str, *cells: str) -> str:
-    return f"{label:<14}" + "".join(f"{cell:>15}" for cell in cells)
+    return f"{label:<14}" + "".join(f" {cell:>14}" for cell in cells)
 
 
 def parse_target(text: str, full_count: int) -> int:
@@ -129,8 +134,18 @@ def parse_target(text: str, full_count: int) -> int:
     return budget
 
 
-def make_plan(config: "PretrainedConfig", target_text: str) -> Plan:
+def make_plan(
+    config: "PretrainedConfig",
+    target_text: str,
+    *,
+    cuts: Sequence[tuple[str, ...]] = THREE_CUTS,
+    shape: Literal["all", "width", "depth"] = "all",
+) -> Plan:
     """Return the shapes whose last has at most the target's parameters and at most 1 % fewer.
+
+    Args:
+        cuts: what each stage cuts.
+        shape: `width` keeps every layer; `depth` keeps the hidden size, and of heads and MLP what fits.
 
     Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
     proportion `DEPTH_SHARE`, MLP and attention as wide for the hidden size as before (within 1.5 to 4
@@ -152,7 +167,7 @@ def make_plan(config: "PretrainedConfig", target_text: str) -> Plan:
     fitting: list[Shape] = []
     for step in HIDDEN_STEPS:
         if not fitting and (step <= full.hidden_size // 16 or step == HIDDEN_STEPS[-1]):
-            fitting = list(_candidates(full, traits, budget, step))
+            fitting = [s for s in _candidates(full, traits, budget, step) if _allowed(s, full, shape)]
     if not fitting:
         raise UsageError(
             f"target {target_text!r}: no shape of this model has between {budget * 99 // 100 + 1:,} and "
@@ -160,9 +175,39 @@ def make_plan(config: "PretrainedConfig", target_text: str) -> Plan:
         )
     ideal_layers = max(full.num_layers * (budget / full_count) ** DEPTH_SHARE, min(2, full.num_layers))
     final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
-    narrow = replace(final, num_layers=full.num_layers, intermediate_size=full.intermediate_size)
-    slim = replace(final, num_layers=full.num_layers)
-    return Plan(target_text.strip(), budget, full, (narrow, slim, final), traits, traits.vocab_size)
+    return Plan(
+        target_text=target_text.strip(),
+        budget=budget,
+        full=full,
+        cuts=tuple(cuts),
+        stages=tuple(_shapes(full, final, cuts)),
+        traits=traits,
+        full_vocab_size=traits.vocab_size,
+    )
+
+
+def shape_after(cut: str, before: Shape, final: Shape) -> Shape:
+    """Return the shape once `cut` was made on the way from `before` to `final`."""
+    changed = {
+        "width": ("hidden_size", "num_heads", "num_kv_heads"),
+        "mlp": ("intermediate_size",),
+        "depth": ("num_layers",),
+    }[cut]
+    return replace(before, **{name: getattr(final, name) for name in changed})
+
+
+def _shapes(full: Shape, final: Shape, cuts: Sequence[tuple[str, ...]]) -> Iterator[Shape]:
+    shape = full
+    for stage in cuts:
+        for cut in stage:
+            shape = shape_after(cut, shape, final)
+        yield shape if stage else final
+
+
+def _allowed(candidate: Shape, full: Shape, shape: str) -> bool:
+    if shape == "width":
+        return candidate.num_layers == full.num_layers
+    return shape == "all" or candidate.hidden_size == full.hidden_size
 
 
 def _smallest(full: Shape) -> Shape:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from models.families import Shape, resized_config
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,3 +30,15 @@ def rebuild(config: PretrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrain
         )
     model.load_state_dict(state)
     return model.to(reference.device).eval()
+
+
+def random_model(config: PretrainedConfig, shape: Shape, seed: int) -> PreTrainedModel:
+    """Return a model of another shape with fresh weights: what pruning is held against."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            resized_config(config, shape),
+            dtype=torch.float32,
+            attn_implementation=config._attn_implementation,
+        )
+    return model.eval()

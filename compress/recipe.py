@@ -1,28 +1,56 @@
-"""The numbers of a compression that are choices, not results."""
+"""The numbers and choices of a compression: the default, and what it is held against.
+
+A report that shows a pruned model without the controls proves little: the same shape without what pruning
+kept, the cuts one by one, and the published method, all with the same teacher and the same budget of tokens.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from compress.distill import LossWeights
+from compress.method import Method
+
+Cut = Literal["width", "mlp", "depth"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Cuts made one after another, then restored together; none: random weights of the final shape."""
+
+    cuts: tuple[Cut, ...]
+    share: float
+    """of the restoration tokens"""
+    learning_rate: float = 1e-3
+
+
+THREE_STAGES = (
+    Stage(cuts=("width",), share=0.15),
+    Stage(cuts=("mlp",), share=0.15),
+    Stage(cuts=("depth",), share=0.70),
+)
+ONE_STAGE = (Stage(cuts=("width", "mlp", "depth"), share=1.0),)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model is pruned and restored."""
 
+    stages: tuple[Stage, ...] = THREE_STAGES
+    shape: Literal["all", "width", "depth"] = "all"
+    """what the plan may cut: `width` keeps every layer, `depth` the hidden size"""
+    method: Method = field(default_factory=Method)
+    layers_by: Literal["kl", "perplexity"] = "kl"
+    """what the removal of a layer is judged by"""
     calibration_rows: int = 256
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 10.0
     """default budget: title tokens of one drawing, so many times"""
-    stage_shares: tuple[float, float, float] = (0.15, 0.15, 0.70)
-    """of the restoration tokens"""
-    learning_rates: tuple[float, float, float] = (1e-3, 1e-3, 1e-3)
     batch_tokens: int = 4096
     validation_users: int = 1000
-    weights: LossWeights = field(default_factory=LossWeights)
-    """where the full model was trained on all tokens"""
+    weights: LossWeights | None = None
+    """None: by what the full model was trained on"""
 
     def weights_for(self, training: Mapping[str, Any]) -> LossWeights:
         """Return the shares of the loss for a full model's `training` record.
@@ -30,13 +58,32 @@ class Recipe:
         A model trained on valid tokens alone was never told what to think of the others: its probabilities
         over the whole vocabulary hold nothing to learn.
         """
+        if self.weights is not None:
+            return self.weights
         if training.get("settings", {}).get("loss") == "valid":
-            return LossWeights(valid=1.0, vocabulary=0.0)
-        return self.weights
+            return LossWeights(valid=1.0)
+        return LossWeights(valid=0.5, vocabulary=0.5)
 
     def default_tokens(self, title_tokens: int) -> int:
         """Return the restoration budget for data with so many title tokens in its training part."""
         return max(1, round(self.passes * title_tokens))
 
 
-RECIPES = {"leanrec": Recipe()}
+RECIPES = {
+    "leanrec": Recipe(),
+    # The published method, its labels and logits aligned: 0.2 cross-entropy, 0.8 KL over the vocabulary.
+    "prunerec": Recipe(
+        method=Method(scores="prunerec", hidden=("channels",), repair=False),
+        layers_by="perplexity",
+        weights=LossWeights(vocabulary=0.8, vocabulary_targets=0.2),
+        stages=tuple(replace(stage, learning_rate=3e-4) for stage in THREE_STAGES),
+    ),
+    "one-stage": Recipe(stages=ONE_STAGE),
+    "depth-only": Recipe(stages=(Stage(cuts=("depth", "width", "mlp"), share=1.0),), shape="depth"),
+    "width-only": Recipe(
+        stages=(Stage(cuts=("width",), share=0.3), Stage(cuts=("mlp",), share=0.7)), shape="width"
+    ),
+    # The controls that say what pruning is worth: the same final shape, nothing of the weights.
+    "random": Recipe(stages=(Stage(cuts=(), share=1.0),)),
+    "random-targets": Recipe(stages=(Stage(cuts=(), share=1.0),), weights=LossWeights(targets=1.0)),
+}

@@ -6,8 +6,9 @@ from typing import Any
 from compress.plan import Plan
 from compress.verify import Parity, Weights
 from models.families import ParameterCounts
+from models.metrics import Paired
 
-STAGE_NAMES = ("heads and hidden width", "MLP width", "layers")
+CUT_NAMES = {"width": "heads and hidden width", "mlp": "MLP width", "depth": "layers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class Evidence:
     restored: list[dict[str, Any]]
     tests: dict[str, Any]
     """`full`, `pruned`, `baselines`"""
+    compared: dict[str, Paired]
+    """full against pruned, user by user"""
     parity: Parity
     seed: int
     versions: dict[str, str]
@@ -55,7 +58,7 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
             "metrics": {"cut": cut["metrics"], "restored": restored["metrics"]},
         }
         for name, cut, restored, counts in zip(
-            STAGE_NAMES, evidence.cuts, evidence.restored, plan.counts[1:], strict=True
+            stage_names(plan), evidence.cuts, evidence.restored, plan.counts[1:], strict=True
         )
     ]
     seconds = evidence.read_seconds + evidence.full["seconds"] + evidence.finishing_seconds
@@ -70,7 +73,8 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         },
         "stages": stages,
         "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},
-        "retained": _retained(tests["full"], tests["pruned"]),
+        "retained": {name: evidence.compared[name].retained for name in ("hr@10", "ndcg@10")},
+        "compared": {name: asdict(found) for name, found in evidence.compared.items()},
         "baselines": {name: {"test": metrics} for name, metrics in tests["baselines"].items()},
         "verify": asdict(evidence.parity),
         **({"quantization": _quantization(evidence.quantized, pruned)} if evidence.quantized else {}),
@@ -79,6 +83,11 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "peak_memory_bytes": evidence.peak_memory_bytes,
     }
+
+
+def stage_names(plan: Plan) -> list[str]:
+    """Return what each stage cut, in words."""
+    return [", ".join(CUT_NAMES[cut] for cut in cuts) or "random weights" for cuts in plan.cuts]
 
 
 def _retained(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:

@@ -26,6 +26,7 @@ from compress.teacher import TeacherStates
 from models.errors import LeanRecError
 from models.finetune import final_hidden
 from models.losses import ValidTokens
+from models.precision import prefers_bf16
 from models.trie import Trie
 
 COMPLETE = "complete"
@@ -44,7 +45,7 @@ class RestoreSettings:
     evaluations: int = 5
     seed: int = 0
     device: str = "cpu"
-    weights: LossWeights = field(default_factory=LossWeights)
+    weights: LossWeights = field(default_factory=lambda: LossWeights(valid=0.5, vocabulary=0.5))
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _arguments(
         adam_beta1=0.9,
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=prefers_bf16(settings.device),
         use_cpu=not cuda,
         logging_steps=max(1, every // 5),
         logging_nan_inf_filter=False,
@@ -218,6 +219,7 @@ class DistillationTrainer(Trainer):
             inputs["teacher_hidden"],
             self._teacher_head,
             nodes=inputs["nodes"],
+            next_ids=inputs["next_ids"],
             valid_tokens=self._valid_tokens,
             weights=self._weights,
         )

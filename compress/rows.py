@@ -82,12 +82,15 @@ def make_rows(
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Return a batch: `input_ids`, `position_ids` `[rows, seq]`; over all title positions of all rows,
-    `positions` in the flattened batch, `nodes`, and `teacher_hidden` where the rows have it."""
+    `positions` in the flattened batch, `next_ids`, `nodes`, and `teacher_hidden` where the rows have it."""
     mask = torch.stack([row["title_mask"] for row in rows])
+    input_ids = torch.stack([row["input_ids"] for row in rows])
+    positions = torch.nonzero(mask.flatten()).squeeze(1)
     batch = {
-        "input_ids": torch.stack([row["input_ids"] for row in rows]),
+        "input_ids": input_ids,
         "position_ids": torch.stack([row["position_ids"] for row in rows]),
-        "positions": torch.nonzero(mask.flatten()).squeeze(1),
+        "positions": positions,
+        "next_ids": input_ids.flatten()[positions + 1],  # a title lies within its row
         "nodes": torch.stack([row["node_ids"] for row in rows])[mask],
     }
     if "teacher_hidden" in rows[0]:

@@ -11,29 +11,23 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
-from compress import inputs
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
 from compress.measure import Yardstick
+from compress.plan import Plan, shape_after
 from compress.prune import prune_depth, prune_mlp, prune_width
+from compress.rebuild import random_model
+from compress.report import stage_names
 from compress.restore import RestoreSettings, restore
 from compress.rows import RestorationRows, calibration_batches, make_rows
 from compress.stage import StageReport
 from compress.teacher import TeacherStates, cache_teacher, open_states
 from compress.work import finished, load_step_model, remove_trainer_files, save_step
 from models.checkpoint import load_model
+from models.families import Shape
+from models.precision import fast_products
 from models.streams import StreamConfig
 
-STAGES = ("width", "mlp", "depth")
-HEADINGS = {
-    "full": "full model: quality on validation users",
-    "1-width-cut": "stage 1 of 3, heads and hidden width: cut",
-    "1-width": "stage 1 of 3, heads and hidden width: restored; quality on validation users",
-    "2-mlp-cut": "stage 2 of 3, MLP width: cut",
-    "2-mlp": "stage 2 of 3, MLP width: restored; quality on validation users",
-    "3-depth-cut": "stage 3 of 3, layers: cut",
-    "3-depth": "stage 3 of 3, layers: restored; quality on validation users",
-}
 CALIBRATION_BATCH_ROWS = 8
 
 
@@ -43,6 +37,7 @@ class Bench:
 
     run: Run
     work: Path
+    shared: Path
     processes: PartialState
     teacher: PreTrainedModel
     head: torch.Tensor
@@ -53,9 +48,9 @@ class Bench:
     yardstick: Yardstick
 
 
-def step_names() -> tuple[str, ...]:
+def step_names(plan: Plan) -> tuple[str, ...]:
     """Return the step that ends each stage; its cut has the same name with `-cut`."""
-    return tuple(f"{number}-{stage}" for number, stage in enumerate(STAGES, 1))
+    return tuple(f"{number}-{name}" for number, name in enumerate(plan.stage_names, 1))
 
 
 def run_stages(run: Run, work: Path, processes: PartialState) -> None:
@@ -63,6 +58,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
 
     The main process cuts and measures; all processes read with the teacher and restore.
     """
+    shared = run.shared or work
     teacher = load_model(run.full, torch.float32, run.device)
     if run.trimmed:
         teacher = run.trimmed.slice(teacher)
@@ -70,56 +66,84 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         run.data.train,
         run.teacher,
         StreamConfig(),
-        tokens=round(run.tokens * max(run.recipe.stage_shares)),
+        tokens=run.tokens,
         epochs=run.recipe.drawings,
         seed=run.seed,
     )
     begun = time.monotonic()
-    cache_teacher(
-        teacher,
-        rows,
-        work / "teacher",
-        process=processes.process_index,
-        processes=processes.num_processes,
-    )
+    with fast_products(run.device):
+        cache_teacher(
+            teacher,
+            rows,
+            shared / "teacher",
+            process=processes.process_index,
+            processes=processes.num_processes,
+        )
     processes.wait_for_everyone()
-    if processes.is_main_process and finished(work, "read") is None:
-        save_step(work, "read", {"seconds": time.monotonic() - begun})
-    validation = inputs.some_examples(run.data.valid, run.recipe.validation_users, run.seed)
+    if processes.is_main_process and finished(shared, "read") is None:
+        save_step(shared, "read", {"seconds": time.monotonic() - begun})
+    validation = run.data.valid.sample(run.recipe.validation_users, run.seed)
     bench = Bench(
         run=run,
         work=work,
+        shared=shared,
         processes=processes,
         teacher=teacher,
         head=teacher.get_output_embeddings().weight.detach().clone(),
         rows=rows,
-        states=open_states(rows, work / "teacher"),
+        states=open_states(rows, shared / "teacher"),
         batches=calibration_batches(rows, run.recipe.calibration_rows, CALIBRATION_BATCH_ROWS, run.device),
         yardstick=Yardstick(run.teacher, validation),
     )
-    _step(bench, "full", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None))
-    for stage, name in enumerate(step_names()):
+    _step(bench, "full", "full model", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None), shared)
+    for stage, name in enumerate(step_names(run.plan)):
         if finished(work, name) is None:
             _cut(bench, stage, name)
             _restore(bench, stage, name)
 
 
-def _cut(bench: Bench, stage: int, name: str) -> None:
-    def make() -> tuple[dict[str, Any], PreTrainedModel]:
-        shape, trie = bench.run.plan.stages[stage], bench.run.teacher.trie
-        model: PreTrainedModel
-        told: StageReport
-        if stage == 0:
-            model, told = prune_width(bench.teacher, shape, bench.batches, trie, seed=bench.run.seed)
-        else:
-            before = load_step_model(bench.work, step_names()[stage - 1]).to(bench.run.device)
-            if stage == 1:
-                model, told = prune_mlp(before, shape, bench.batches, trie, seed=bench.run.seed)
-            else:
-                model, told = prune_depth(before, shape, bench.batches, trie)
-        return {"metrics": bench.yardstick.measure(model), "surgery": told.to_json()}, model
+def _heading(run: Run, stage: int) -> str:
+    names = stage_names(run.plan)
+    return f"stage {stage + 1} of {len(names)}, {names[stage]}"
 
-    _step(bench, f"{name}-cut", make)
+
+def _cut(bench: Bench, stage: int, name: str) -> None:
+    run = bench.run
+
+    def make() -> tuple[dict[str, Any], PreTrainedModel]:
+        told: list[StageReport] = []
+        if stage == 0:
+            model = bench.teacher
+        else:
+            model = load_step_model(bench.work, step_names(run.plan)[stage - 1]).to(run.device)
+        cuts = run.recipe.stages[stage].cuts
+        for cut in cuts:
+            before = Shape.of(model.config)
+            shape = shape_after(cut, before, run.plan.stages[stage])
+            if shape != before:
+                model, report = _pruned(bench, cut, model, shape)
+                told.append(report)
+        if not cuts:
+            model = random_model(model.config, run.plan.stages[stage], run.seed).to(run.device)
+        return {
+            "metrics": bench.yardstick.measure(model),
+            "surgery": [report.to_json() for report in told],
+        }, model
+
+    _step(bench, f"{name}-cut", f"{_heading(run, stage)}: cut", make)
+
+
+def _pruned(
+    bench: Bench, cut: str, model: PreTrainedModel, shape: Shape
+) -> tuple[PreTrainedModel, StageReport]:
+    recipe, batches, trie, seed = bench.run.recipe, bench.batches, bench.run.teacher.trie, bench.run.seed
+    if cut == "width":
+        return prune_width(model, shape, batches, trie, seed=seed, method=recipe.method)
+    if cut == "mlp":
+        return prune_mlp(model, shape, batches, trie, seed=seed, method=recipe.method)
+    # Each layer is tried many times: a part of the rows tells them apart.
+    few = batches[: max(1, len(batches) // 4)]
+    return prune_depth(model, shape, few, trie, by=recipe.layers_by)
 
 
 def _restore(bench: Bench, stage: int, name: str) -> None:
@@ -136,8 +160,8 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         validate=bench.yardstick.nll,
         directory=trainer_files,
         settings=RestoreSettings(
-            tokens=round(run.tokens * run.recipe.stage_shares[stage]),
-            learning_rate=run.recipe.learning_rates[stage],
+            tokens=round(run.tokens * run.recipe.stages[stage].share),
+            learning_rate=run.recipe.stages[stage].learning_rate,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             seed=run.seed + stage,
             device=run.device,
@@ -153,17 +177,25 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
             "seconds": time.monotonic() - begun,
         }, result.model
 
-    _step(bench, name, make)
+    _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
         remove_trainer_files(trainer_files)
 
 
-def _step(bench: Bench, name: str, make: Callable[[], tuple[dict[str, Any], PreTrainedModel | None]]) -> None:
+def _step(
+    bench: Bench,
+    name: str,
+    heading: str,
+    make: Callable[[], tuple[dict[str, Any], PreTrainedModel | None]],
+    place: Path | None = None,
+) -> None:
     """Let the main process do a step unless it is finished; the others wait for it."""
-    if bench.processes.is_main_process and finished(bench.work, name) is None:
-        print(HEADINGS[name], file=sys.stderr, flush=True)
+    place = place or bench.work
+    if bench.processes.is_main_process and finished(place, name) is None:
+        print(f"{heading}; quality on validation users", file=sys.stderr, flush=True)
         set_seed(bench.run.seed)
         begun = time.monotonic()
-        facts, model = make()
-        save_step(bench.work, name, {"seconds": time.monotonic() - begun, **facts}, model)
+        with fast_products(bench.run.device):
+            facts, model = make()
+        save_step(place, name, {"seconds": time.monotonic() - begun, **facts}, model)
     bench.processes.wait_for_everyone()

@@ -17,7 +17,7 @@ from compress.calibrate import (
     reference_scores,
 )
 from compress.heads import KeptHeads, choose_heads
-from compress.importance import gate_scores
+from compress.method import Method
 from compress.rebuild import EMBEDDING, rebuild
 from compress.repair import refit_columns
 from compress.stage import StageReport
@@ -27,23 +27,30 @@ from models.trie import Trie
 
 
 def prune_width(
-    teacher: PreTrainedModel, shape: Shape, batches: Sequence[CalibrationBatch], trie: Trie, *, seed: int
+    teacher: PreTrainedModel,
+    shape: Shape,
+    batches: Sequence[CalibrationBatch],
+    trie: Trie,
+    *,
+    seed: int,
+    method: Method = Method(),  # noqa: B008 - frozen
 ) -> tuple[PreTrainedModel, StageReport]:
     """Return the teacher with the shape's heads and hidden size; MLP and layers stay.
 
-    KV groups and query heads with the smallest gate scores go and o_proj is refitted; then the stream is
+    KV groups and query heads with the smallest scores go and o_proj is refitted; then the stream is
     narrowed both to principal components and to the channels with the largest scores, and the model with
     the smaller calibration KL is returned.
 
     Args:
         seed: of the labels drawn for the gate scores.
+        method: what scores the units, which ways to narrow are tried, and whether what stays is refitted.
     """
     full = Shape.of(teacher.config)
     valid = ValidTokens(trie, teacher.device)
     reference = reference_scores(teacher, batches, valid)
-    scores = gate_scores(teacher, batches, valid, seed=seed)
+    scores = method.score(teacher, batches, valid, seed=seed)
     heads = choose_heads(scores.heads, full, shape)
-    outputs = _refit_outputs(teacher, batches, heads)
+    outputs = _outputs(teacher, batches, heads, repair=method.repair)
     tensors = _sliced_heads(teacher, heads, outputs)
     config = resized_config(teacher.config, shape)
     choices: dict[str, float | str] = {}
@@ -53,11 +60,15 @@ def prune_width(
     else:
         with _outputs_replaced(teacher, heads, outputs):
             statistics = stream_statistics(teacher, batches)
-            bases = {
-                "pca": pca_basis(statistics, shape.hidden_size),
-                "channels": channel_basis(scores.channels, shape.hidden_size),
+            bases = {}
+            if "pca" in method.hidden:
+                bases["pca"] = pca_basis(statistics, shape.hidden_size)
+            if "channels" in method.hidden:
+                bases["channels"] = channel_basis(scores.channels, shape.hidden_size)
+            readers = {
+                name: fit_readers(teacher, batches, trie, basis, refit=method.repair)
+                for name, basis in bases.items()
             }
-            readers = {name: fit_readers(teacher, batches, trie, basis) for name, basis in bases.items()}
         model, kl = None, float("inf")
         for name, basis in bases.items():
             candidate = narrowed(teacher.config, config, tensors, basis, readers[name])
@@ -86,11 +97,14 @@ def prune_width(
     )
 
 
-def _refit_outputs(
-    model: PreTrainedModel, batches: Sequence[CalibrationBatch], heads: KeptHeads
+def _outputs(
+    model: PreTrainedModel, batches: Sequence[CalibrationBatch], heads: KeptHeads, *, repair: bool
 ) -> list[Tensor]:
     """Return every layer's o_proj weight over the kept heads, `[hidden, kept heads * head_dim]`."""
     layers = model.model.layers
+    if not repair:
+        weights = [layer.self_attn.o_proj.weight.detach() for layer in layers]
+        return [weight[:, heads.query_columns(n)] for n, weight in enumerate(weights)]
     moments = [CrossMoment(heads.query_columns(n)) for n in range(len(layers))]
     observe(
         model,

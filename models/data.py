@@ -41,6 +41,15 @@ class Examples:
     def __len__(self) -> int:
         return len(self.targets)
 
+    def sample(self, count: int, seed: int) -> "Examples":
+        """Return `count` of the examples, chosen by `seed`, or all where there are no more."""
+        if len(self) <= count:
+            return self
+        chosen = np.sort(np.random.default_rng(seed).choice(len(self), count, replace=False))
+        users = [self.histories.user_ids[index] for index in chosen]
+        histories = [self.histories[int(index)] for index in chosen]
+        return Examples(_sequences(users, histories), self.targets[chosen], self.later_day[chosen])
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -25,6 +25,8 @@ class Evaluation:
     ci95: dict[str, tuple[float, float]]
     """Bootstrap interval of each metric"""
     per_user: dict[str, np.ndarray]
+    ranks: np.ndarray
+    """1-based rank of each user's target, 0 where it is not among the first ten, int64 `[users]`"""
     users: int
     exact_share: float
     later_day: dict[str, float]
@@ -77,12 +79,14 @@ def evaluate_baselines(data: Dataset, examples: Examples) -> dict[str, Evaluatio
 
 
 def _evaluation(ranked: Sequence[Sequence[int]], examples: Examples, exact_share: float) -> Evaluation:
-    per_user = per_user_metrics(target_ranks(ranked, examples.targets))
+    ranks = target_ranks(ranked, examples.targets)
+    per_user = per_user_metrics(ranks)
     later = examples.later_day
     return Evaluation(
         metrics={name: float(values.mean()) for name, values in per_user.items()},
         ci95={name: bootstrap_interval(values) for name, values in per_user.items()},
         per_user=per_user,
+        ranks=ranks,
         users=len(examples),
         exact_share=exact_share,
         later_day={

@@ -16,6 +16,7 @@ from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
+from models.precision import prefers_bf16
 from models.presets import PRESETS, new_model, train_tokenizer
 from models.prompt import STREAM_TEMPLATE, PromptConfig
 from models.sources import find_source
@@ -23,6 +24,8 @@ from models.streams import PackedStreams, StreamConfig
 from models.transformers_engine import TransformersEngine
 
 SMOLLM2 = "smollm2-135m"
+VALIDATION_USERS = 1000
+"""who tell the states of a training run apart"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +186,7 @@ def _trainer(
             adam_beta2=0.95,
             max_grad_norm=1.0,
             # Matrix products in bf16, weights and losses in fp32, where the hardware is faster that way.
-            bf16=cuda or torch.cpu.get_capabilities().get("avx512_bf16", False),
+            bf16=prefers_bf16("cuda" if cuda else "cpu"),
             use_cpu=not cuda,
             eval_strategy="steps",
             eval_steps=max(1, steps_per_epoch * epochs // 4),
@@ -215,9 +218,9 @@ class RecommenderTrainer(Trainer):
     def __init__(self, *, recommender: Recommender, data: Dataset, loss: str, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.recommender = recommender
-        self.data = data
         self.loss = loss
-        histories = data.valid.histories
+        self.users = data.valid.sample(VALIDATION_USERS, self.args.seed)
+        histories = self.users.histories
         self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
         self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
         self.model_accepts_loss_kwargs = False
@@ -238,7 +241,8 @@ class RecommenderTrainer(Trainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the negative log-likelihood of the next item on validation users, nats."""
         engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
-        found = engine.log_probability(self.prompts, self.data.valid.targets.tolist())
+        with self.autocast_smart_context_manager():
+            found = engine.log_probability(self.prompts, self.users.targets.tolist())
         metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

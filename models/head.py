@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from models.precision import exact_products
 from models.trie import Trie
 
 
@@ -34,8 +35,10 @@ class ChildHead:
         Args:
             hidden: Final hidden state (after the last norm) at each node's prefix, `[nodes, hidden]`.
         """
-        ids = np.asarray(nodes, np.int64)
-        hidden = hidden.float()
+        with exact_products(hidden.device.type):
+            return self._log_probs(hidden.float(), np.asarray(nodes, np.int64))
+
+    def _log_probs(self, hidden: torch.Tensor, ids: np.ndarray) -> np.ndarray:
         at_root = ids == 0
         if at_root.all():
             return self._at_root(hidden)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from models.head import segment_log_softmax
+from models.precision import exact_products
 from models.trie import Trie
 
 
@@ -45,12 +46,14 @@ class ValidTokens:
             nodes: Node of each position `[positions]`, all >= 0.
         """
         at_root = nodes == 0
-        root = torch.log_softmax((hidden[at_root] @ weight[self.root_tokens].T).float(), -1)
         inner_nodes = nodes[~at_root]
         flat, segments = self._flat(inner_nodes)
-        # One dense product over all tokens below the root, then the children's entries: on real catalogues
-        # much less memory traffic than gathering weight rows for every position.
-        dense = (hidden[~at_root] @ weight[self.inner_tokens].T).float()
+        with exact_products(hidden.device.type):
+            hidden, weight = hidden.float(), weight.float()
+            root = torch.log_softmax(hidden[at_root] @ weight[self.root_tokens].T, -1)
+            # One dense product over all tokens below the root, then the children's entries: on real
+            # catalogues much less memory traffic than gathering weight rows for every position.
+            dense = hidden[~at_root] @ weight[self.inner_tokens].T
         logits = dense[segments, self.inner_columns[flat]]
         return ValidLogProbs(root, segment_log_softmax(logits, segments, len(inner_nodes)))
 

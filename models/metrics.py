@@ -1,6 +1,7 @@
 """Ranking metrics by item id over the full catalogue, and their intervals."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -33,3 +34,40 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000)
     means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of two models on the same users; intervals are 95 % bootstrap intervals over users."""
+
+    difference: float
+    """first minus second"""
+    difference_ci95: tuple[float, float]
+    retained: float | None
+    """second over first; None where the first has nothing"""
+    retained_ci95: tuple[float, float] | None
+
+
+def paired(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> dict[str, Paired]:
+    """Return for each metric how two models compare user by user.
+
+    Args:
+        first, second: 1-based rank of each user's target, 0 where it is not in the list, int `[users]`.
+    """
+    rng = np.random.default_rng(seed)
+    draws = [rng.integers(len(first), size=len(first)) for _ in range(resamples)]
+    ours, theirs = per_user_metrics(first), per_user_metrics(second)
+    found = {}
+    for name, before in ours.items():
+        after = theirs[name]
+        means = np.array([(before[draw].mean(), after[draw].mean()) for draw in draws])
+        low, high = np.percentile(means[:, 0] - means[:, 1], [2.5, 97.5])
+        whole = bool((means[:, 0] > 0).all())
+        ratios = np.percentile(means[:, 1] / means[:, 0], [2.5, 97.5]) if whole else None
+        found[name] = Paired(
+            difference=float(before.mean() - after.mean()),
+            difference_ci95=(float(low), float(high)),
+            retained=float(after.mean() / before.mean()) if before.mean() else None,
+            retained_ci95=(float(ratios[0]), float(ratios[1])) if ratios is not None else None,
+        )
+    return found

@@ -49,13 +49,13 @@ def staged(full, tmp_path_factory):
 
 def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
     run, directory = staged
-    for stage, name in enumerate(step_names()):
+    for stage, name in enumerate(step_names(run.plan)):
         cut, restored = work.finished(directory, f"{name}-cut"), work.finished(directory, name)
         model = work.load_step_model(directory, name)
         assert Shape.of(model.config) == run.plan.stages[stage]
         best = min(entry["nll"] for entry in restored["curve"])
         assert restored["metrics"]["nll"] == pytest.approx(best, abs=1e-4)
-        assert cut["surgery"]["parameters"] == run.plan.stage_counts[stage]
+        assert cut["surgery"][0]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"
     assert restored["losses"][-1]["kl_valid"] < 0.8 * restored["losses"][0]["kl_valid"]
 
@@ -77,7 +77,7 @@ def test_an_interruption_anywhere_in_the_stages_changes_nothing(staged, tmp_path
             run_stages(run, tmp_path, PartialState(cpu=True))
     monkeypatch.setattr(stages, "save_step", real_save)
     run_stages(run, tmp_path, PartialState(cpu=True))
-    last = f"{step_names()[-1]}/model.safetensors"
+    last = f"{step_names(run.plan)[-1]}/model.safetensors"
     assert (tmp_path / last).read_bytes() == (whole / last).read_bytes()
 
 

@@ -12,9 +12,11 @@ from models.trie import build_trie
 def test_a_model_trained_on_valid_tokens_teaches_only_those() -> None:
     recipe = Recipe()
     assert recipe.weights_for({"settings": {"loss": "valid"}}) == LossWeights(valid=1.0, vocabulary=0.0)
-    assert recipe.weights_for({"settings": {"loss": "vocabulary"}}) == recipe.weights
-    assert recipe.weights_for({"data": "mine"}) == recipe.weights  # trained elsewhere
-    assert recipe.weights.vocabulary > 0
+    both = LossWeights(valid=0.5, vocabulary=0.5)
+    assert recipe.weights_for({"settings": {"loss": "vocabulary"}}) == both
+    assert recipe.weights_for({"data": "mine"}) == both  # trained elsewhere
+    own = Recipe(weights=LossWeights(targets=1.0))
+    assert own.weights_for({"settings": {"loss": "valid"}}) == LossWeights(targets=1.0)
 
 
 def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
@@ -28,7 +30,11 @@ def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
 
     def loss(weights: LossWeights) -> float:
         parts = distillation_loss(
-            hidden, head, hidden, teacher_head, nodes=nodes, valid_tokens=ValidTokens(trie), weights=weights
+            *(hidden, head, hidden, teacher_head),
+            nodes=nodes,
+            next_ids=torch.tensor([1, 3, 3, 2]),
+            valid_tokens=ValidTokens(trie),
+            weights=weights,
         )
         return float(parts.total)
 

@@ -1,9 +1,11 @@
 """Reports: the stable keys, and pages that stand alone, stay well-formed and hold the numbers."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import yaml
 from transformers import LlamaConfig
@@ -15,6 +17,7 @@ from compress.plots import Bar, Line, bar_chart, heat_map, line_chart, short_num
 from compress.report import Evidence, make_report
 from compress.verify import Parity, Weights
 from models.checkpoint import read_recommender
+from models.metrics import paired
 from tests.tiny import make_tiny_recommender
 
 PLAN = make_plan(
@@ -49,24 +52,27 @@ def evidence():
     ]
     restored = {"seconds": 20.0, "metrics": measured(4.5), "curve": curve, "losses": losses, "tokens": 500}
     width = {
+        "name": "width",
         "importances": {"query_heads": [[1.0, 2.0, 0.5, 3.0]] * 4, "kv_groups": [[3.0, 3.5]] * 4},
         "kept": {"query_heads": [[0, 1]] * 4, "kv_groups": [[0]] * 4},
         "dropped_layers": [],
     }
-    depth = {"importances": {"layers": [[-1.0, 0.2, 0.1, 0.3]]}, "kept": {}, "dropped_layers": [2]}
-    none = {"importances": {}, "kept": {}, "dropped_layers": []}
+    tried = {"layers": [[-1.0, 0.2, 0.1, 0.3]]}
+    depth = {"name": "depth", "importances": tried, "kept": {}, "dropped_layers": [2]}
+    none = {"name": "mlp", "importances": {}, "kept": {}, "dropped_layers": []}
     return Evidence(
         plan=PLAN,
         weights=(Weights(PLAN.counts[0], 4000), Weights(PLAN.counts[-1], 800)),
         read_seconds=11.0,
         full={"seconds": 5.0, "metrics": measured(4.0)},
-        cuts=[{"seconds": 10.0, "metrics": measured(6.0), "surgery": s} for s in (width, none, depth)],
+        cuts=[{"seconds": 10.0, "metrics": measured(6.0), "surgery": [s]} for s in (width, none, depth)],
         restored=[restored] * 3,
         tests={
             "full": on_test_users(0.1),
             "pruned": on_test_users(0.09),
             "baselines": {"popularity": on_test_users(0.03), "bigram": on_test_users(0.05)},
         },
+        compared=paired(np.array([1, 0, 2, 3]), np.array([2, 0, 2, 0])),
         parity=Parity("vllm", 32, True, 2e-6),
         seed=0,
         versions={"torch": "2"},
@@ -79,7 +85,7 @@ def test_report_has_the_stable_keys(evidence):
     report = make_report(evidence)
     assert list(report) == [
         *("target", "parameters", "kept_non_embedding", "shape", "stages", "metrics", "retained"),
-        *("baselines", "verify", "seed", "versions", "seconds", "peak_memory_bytes"),
+        *("compared", "baselines", "verify", "seed", "versions", "seconds", "peak_memory_bytes"),
     ]
     for which in ("full", "pruned"):
         assert set(report["parameters"][which]) == {"total", "embedding", "non_embedding", "bytes"}
@@ -87,15 +93,20 @@ def test_report_has_the_stable_keys(evidence):
             report["metrics"][which]["test"]
         )
     assert report["kept_non_embedding"] == PLAN.stage_counts[-1] / PLAN.full_count
-    assert report["retained"] == {"hr@10": pytest.approx(1.0), "ndcg@10": pytest.approx(0.9)}
+    gains = [1 / np.log2(rank + 1) for rank in (1, 2, 3)]
+    kept = (2 * gains[1]) / sum(gains)
+    assert report["retained"] == {"hr@10": pytest.approx(2 / 3), "ndcg@10": pytest.approx(kept)}
+    compared = report["compared"]["hr@10"]
+    assert compared["difference"] == pytest.approx(0.25)
+    assert compared["difference_ci95"][0] <= 0.25 <= compared["difference_ci95"][1]
     assert [set(stage) for stage in report["stages"]] == [{"name", "seconds", "parameters", "metrics"}] * 3
     assert report["seconds"] == pytest.approx(11 + 5 + 3 * 30 + 7)
     assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
 
 
 def test_a_full_model_that_hits_nothing_has_no_retention(evidence):
-    evidence.tests["full"]["ndcg@10"] = 0.0
-    report = make_report(evidence)
+    nothing = np.zeros(4, int)
+    report = make_report(replace(evidence, compared=paired(nothing, nothing)))
     assert report["retained"]["ndcg@10"] is None
     assert "NDCG@10" not in render_page(report, evidence).split("</p>")[0]
 
@@ -129,7 +140,7 @@ def test_page_stands_alone_and_holds_the_numbers(evidence):
     assert page.count("<svg") >= 8
     for text in (
         f"{PLAN.stage_counts[-1]:,}",
-        "90.0%",
+        f"HR@10 {2 / 3:.1%}",
         "0.0900 [0.0810, 0.0990]",
         "layer 1, query head 2: 0.5 (removed)",
     ):

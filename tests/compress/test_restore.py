@@ -73,7 +73,7 @@ class Pair(NamedTuple):
     head: torch.Tensor
 
 
-BOTH = LossWeights()
+BOTH = LossWeights(valid=0.5, vocabulary=0.5)
 
 
 def loss_of(student, teacher, batch, bench, weights=BOTH):
@@ -81,6 +81,7 @@ def loss_of(student, teacher, batch, bench, weights=BOTH):
         *student,
         *teacher,
         nodes=batch["nodes"],
+        next_ids=batch["next_ids"],
         valid_tokens=ValidTokens(bench.recommender.trie),
         weights=weights,
     )

@@ -13,7 +13,6 @@ from tokenizers.models import Unigram
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from compress.cli import main
-from compress.inputs import some_examples
 from compress.job import Job
 from compress.measure import Yardstick
 from compress.pipeline import prepare
@@ -98,7 +97,7 @@ def test_stages_prune_and_restore_under_the_trimmed_vocabulary(full, tmp_path):
     assert model.config.vocab_size == run.plan.traits.vocab_size < before.config.vocab_size
     assert len(model.get_input_embeddings().weight) == model.config.vocab_size
     # The teacher under the trimmed vocabulary is as good as the full model, measured by itself.
-    validation = some_examples(run.data.valid, 10, run.seed)
+    validation = run.data.valid.sample(10, run.seed)
     measured = Yardstick(before, validation).measure(load_model(before))
     assert finished(tmp_path, "full")["metrics"] == pytest.approx(measured, abs=1e-4)
 

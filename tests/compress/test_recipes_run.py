@@ -1,0 +1,94 @@
+"""Every recipe ends at the planned shape; controls keep what they say of the full model, and no more."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from compress.job import Job
+from compress.pipeline import prepare
+from compress.recipe import RECIPES
+from compress.stages import run_stages, step_names
+from compress.work import finished, load_step_model
+from models.families import Shape, count_parameters
+from models.metrics import paired
+from tests.tiny import make_tiny_recommender
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("recipes") / "full"
+    make_tiny_recommender(directory)
+    return directory
+
+
+def prepared(full, recipe, shared=None):
+    job = Job(target="30%", restore_tokens=600, recipe=recipe, device="cpu", shared=shared)
+    run = prepare(job, full, "cpu")
+    small = replace(run.recipe, batch_tokens=512, calibration_rows=4, validation_users=10)
+    return replace(run, recipe=small)
+
+
+@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"leanrec"}))
+def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
+    run = prepared(full, recipe)
+    run_stages(run, tmp_path, PartialState(cpu=True))
+    names = step_names(run.plan)
+    assert len(names) == len(RECIPES[recipe].stages)
+    model = load_step_model(tmp_path, names[-1])
+    assert Shape.of(model.config) == run.plan.final
+    kept = count_parameters(run.plan.final, run.plan.traits).non_embedding
+    assert 0.99 * run.plan.budget < kept <= run.plan.budget
+    cuts = [told["name"] for name in names for told in finished(tmp_path, f"{name}-cut")["surgery"]]
+    assert sorted(cuts) == sorted(set(cuts)), "each dimension is cut once"
+    assert ("random" in recipe) == (cuts == [])
+
+
+def test_the_shapes_of_the_one_sided_recipes(full):
+    everything = prepared(full, "leanrec").plan
+    depth, width = prepared(full, "depth-only").plan, prepared(full, "width-only").plan
+    assert depth.final.hidden_size == everything.full.hidden_size
+    assert depth.final.num_layers < everything.full.num_layers
+    assert width.final.num_layers == everything.full.num_layers
+    assert width.final.hidden_size < everything.full.hidden_size
+    assert prepared(full, "random").plan.final == prepared(full, "one-stage").plan.final == everything.final
+
+
+def test_random_weights_come_from_the_seed_and_not_from_the_full_model(full, tmp_path):
+    def start(seed, at):
+        run = replace(prepared(full, "random"), seed=seed)
+        run_stages(run, tmp_path / at, PartialState(cpu=True))
+        return load_step_model(tmp_path / at, "1-random-cut").state_dict()
+
+    first, again, other = start(0, "a"), start(0, "b"), start(1, "c")
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(first[name], again[name])
+    assert not torch.equal(first[name], other[name])
+
+
+def test_runs_that_differ_in_the_recipe_share_what_the_full_model_said(full, tmp_path):
+    shared = tmp_path / "shared"
+    run_stages(prepared(full, "one-stage", shared), tmp_path / "one", PartialState(cpu=True))
+    written = {path: path.stat().st_mtime_ns for path in shared.rglob("*")}
+    assert finished(shared, "full")
+    run_stages(prepared(full, "random", shared), tmp_path / "other", PartialState(cpu=True))
+    assert {path: path.stat().st_mtime_ns for path in shared.rglob("*")} == written
+    assert not (tmp_path / "other" / "teacher").exists()
+
+
+def test_paired_intervals_see_what_separate_ones_do_not():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, 11, (400,), generator=generator).numpy()
+    second = first.copy()
+    lost = (first > 0).nonzero()[0][:40]
+    second[lost] = 0
+    found = paired(first, second)["hr@10"]
+    assert found.difference == pytest.approx(40 / 400)
+    low, high = found.difference_ci95
+    assert 0.07 < low < 0.1 < high < 0.14
+    assert found.retained == pytest.approx(1 - 40 / (first > 0).sum())
+    same = paired(first, first)["ndcg@10"]
+    assert same.difference_ci95 == (0.0, 0.0)
+    assert same.retained_ci95 == (1.0, 1.0)
+    assert paired(first * 0, second)["hr@10"].retained is None

@@ -1,0 +1,108 @@
+"""Scores other than the default: against what their definition says, computed the plain way."""
+
+import pytest
+import torch
+
+from compress import activation, prunerec
+from compress.distill import chunked_vocabulary_cross_entropy
+from models.losses import ValidTokens, vocabulary_cross_entropy, vocabulary_kl
+
+
+@pytest.fixture(scope="module")
+def model(family_config, random_model):
+    return random_model(family_config("llama-tied"))
+
+
+def test_activation_scores_are_weighted_mean_sizes(model, calibration_rows):
+    batches = calibration_rows[:1]
+    found = activation.scores(model, batches)
+    inputs = {}
+    handles = [
+        model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args: inputs.update(heads=args[0])
+        ),
+        model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+            lambda _, args: inputs.update(mlp=args[0])
+        ),
+    ]
+    with torch.no_grad():
+        model(batches[0].input_ids)
+    for handle in handles:
+        handle.remove()
+    weights = batches[0].weights()[..., None]
+    heads = (inputs["heads"].unflatten(-1, (4, 32)).norm(dim=-1) * weights).sum((0, 1)) / weights.sum()
+    neurons = (inputs["mlp"].abs() * weights).sum((0, 1)) / weights.sum()
+    neurons = neurons * model.model.layers[1].mlp.down_proj.weight.norm(dim=0)
+    assert torch.allclose(found.heads[1].float(), heads, rtol=1e-4)
+    assert torch.allclose(found.neurons[1].float(), neurons, rtol=1e-4)
+    assert found.channels.shape == (128,)
+
+
+def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(model, calibration_rows, catalogue_trie):
+    found = prunerec.width_scores(model, calibration_rows, ValidTokens(catalogue_trie))
+    prompts = prunerec._prompts(calibration_rows)
+    assert len(prompts) == prunerec.PROMPTS
+    assert all(int(prompt.node_ids[0, -1]) == 0 for prompt in prompts), "each ends where a title begins"
+
+    def last_logits():
+        with torch.no_grad():
+            return torch.stack([model(prompt.input_ids).logits[0, -1] for prompt in prompts])
+
+    def masked(layer, head):
+        weight = model.model.layers[layer].self_attn.q_proj.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight[head * 32 : (head + 1) * 32] *= prunerec.MASKED
+            after = last_logits()
+            weight.copy_(before)
+        return float(vocabulary_kl(last_logits(), after))
+
+    own = torch.tensor([[masked(layer, head) for head in range(4)] for layer in (0, 1)])
+    assert torch.allclose(found.heads[0].float(), own[0], rtol=1e-3)
+    assert torch.allclose(found.heads[1].float(), 0.7 * own[0] + 0.3 * own[1], rtol=1e-3)
+    assert found.channels.shape == (128,)
+    assert (found.channels > 0).all()
+
+
+def test_the_published_neuron_score_counts_places_among_the_largest(model, calibration_rows):
+    kept = 5
+    counts = prunerec.neuron_scores(model, calibration_rows, kept=kept)
+    tokens = calibration_rows[0].input_ids.shape[1]
+    assert counts.sum(1).tolist() == [kept * tokens] * 4
+    seen = {}
+    handle = model.model.layers[2].mlp.up_proj.register_forward_hook(
+        lambda _module, _inputs, output: seen.update(up=output)
+    )
+    with torch.no_grad():
+        model(calibration_rows[0].input_ids[:1])
+    handle.remove()
+    largest = seen["up"][0].argsort(dim=-1, descending=True)[:, :kept]
+    assert torch.equal(counts[2].long(), torch.bincount(largest.flatten(), minlength=192))
+
+
+def test_perplexity_reads_each_title_token_where_it_is_predicted(model, calibration_rows):
+    batch = calibration_rows[1]
+    with torch.no_grad():
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+    predicting = batch.title_mask[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1][predicting], batch.input_ids[:, 1:][predicting]
+    )
+    assert prunerec.perplexity(model, [batch]) == pytest.approx(float(expected.exp()), rel=1e-4)
+
+
+def test_chunked_cross_entropy_has_the_value_and_gradients_of_the_plain_one(monkeypatch):
+    from compress import distill
+
+    monkeypatch.setattr(distill, "CHUNK_ELEMENTS", 50 * 7)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    ids = torch.randint(0, 50, (23,))
+    plain = vocabulary_cross_entropy(hidden, head, ids)
+    ours = chunked_vocabulary_cross_entropy(hidden, head, ids)
+    assert torch.allclose(plain, ours)
+    pairs = zip(
+        torch.autograd.grad(plain, (hidden, head)), torch.autograd.grad(ours, (hidden, head)), strict=True
+    )
+    for wanted, got in pairs:
+        assert torch.allclose(wanted, got, atol=1e-6)
