@@ -56,13 +56,19 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
             "seconds": round(cut["seconds"] + restored["seconds"], 1),
             "parameters": _counts(counts),
             "metrics": {"cut": cut["metrics"], "restored": restored["metrics"]},
+            "curve": restored["curve"],
         }
         for name, cut, restored, counts in zip(
             stage_names(plan), evidence.cuts, evidence.restored, plan.counts[1:], strict=True
         )
     ]
-    seconds = evidence.read_seconds + evidence.full["seconds"] + evidence.finishing_seconds
-    seconds += sum(stage["seconds"] for stage in stages)
+    seconds = {
+        "full_read": evidence.read_seconds,
+        "full_measured": evidence.full["seconds"],
+        "cuts": sum(cut["seconds"] for cut in evidence.cuts),
+        "distillation": sum(restored["seconds"] for restored in evidence.restored),
+        "verified_and_tested": evidence.finishing_seconds,
+    }
     return {
         "target": plan.target_text,
         "parameters": {"full": full, "pruned": pruned},
@@ -80,7 +86,8 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         **({"quantization": _quantization(evidence.quantized, pruned)} if evidence.quantized else {}),
         "seed": evidence.seed,
         "versions": evidence.versions,
-        "seconds": round(seconds, 1),
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_step": {step: round(taken, 1) for step, taken in seconds.items()},
         "peak_memory_bytes": evidence.peak_memory_bytes,
     }
 

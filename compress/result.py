@@ -15,6 +15,7 @@ import torch
 
 from compress.card import render_card
 from compress.job import Run
+from compress.measure import Yardstick
 from compress.page import render_page
 from compress.quantize import quantize_recommender
 from compress.report import Evidence, Quantized, make_report
@@ -96,7 +97,8 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
         versions=versions(),
         finishing_seconds=seconds,
         peak_memory_bytes=max(
-            (finished(work, path.name) or {}).get("peak_memory_bytes", 0) for path in work.iterdir()
+            (finished(path.parent, path.name) or {}).get("peak_memory_bytes", 0)
+            for path in [*work.iterdir(), *shared.iterdir()]
         ),
         quantized=quantized,
     )
@@ -222,7 +224,8 @@ def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict
             engine = TransformersEngine(model, recommender.trie)
             with fast_products(run.device):
                 result = evaluate(engine, recommender.prompter, run.data.test, progress=f"test {name}")
-            found_ranks = result.ranks.tolist()
-            tested = save_step(place, f"test-{name}", {"metrics": result.to_json(), "ranks": found_ranks})
+            metrics = {**result.to_json(), "nll": Yardstick(recommender, run.data.test).nll(model)}
+            facts = {"metrics": metrics, "ranks": result.ranks.tolist()}
+            tested = save_step(place, f"test-{name}", facts)
         tests[name], ranks[name] = tested["metrics"], np.array(tested["ranks"])
     return tests, paired(ranks["full"], ranks["pruned"])

@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import json
 import os
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from models.atomic import new_directory, write_json
 from models.errors import LeanRecError
+from models.memory import peak_memory_bytes
 
 SETTINGS_FILE = "settings.json"
 STEP_FILE = "step.json"
@@ -112,13 +112,6 @@ def load_step_model(work: Path, step: str) -> PreTrainedModel:
 def remove_trainer_files(directory: Path) -> None:
     """Delete a restoration's own checkpoints once its step is finished."""
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def peak_memory_bytes() -> int:
-    """Return the largest memory this process has held: resident, or on the accelerator if that is more."""
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    return max(resident, device)
 
 
 def _clear_unfinished(parent: Path, name: str = "") -> None:

@@ -1,6 +1,7 @@
 """Makes a full recommender: from scratch, or from a checkpoint, on a data set."""
 
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
+from models.memory import peak_memory_bytes
 from models.precision import prefers_bf16
 from models.presets import PRESETS, new_model, train_tokenizer
 from models.prompt import STREAM_TEMPLATE, PromptConfig
@@ -97,6 +99,9 @@ def finetune(config: FinetuneConfig) -> Path:
             catalog=data.catalog,
             prompt=prompt,
             training={
+                "seconds": trainer.seconds,
+                "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
+                "peak_memory_bytes": peak_memory_bytes(),
                 "data": config.data,
                 "split": "given" if find_source(config.data).has_splits else "leave-one-out",
                 "seed": config.seed,
@@ -224,6 +229,26 @@ class RecommenderTrainer(Trainer):
         self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
         self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
         self.model_accepts_loss_kwargs = False
+        self.row_tokens = arguments["train_dataset"].row_tokens
+        self._begun = time.monotonic()
+        self._earlier: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """What training has taken, evaluations included; what was lost by an interruption is not."""
+        return max(entry["elapsed"] for entry in self.state.log_history)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on, padding included."""
+        return self.state.global_step * self.args.train_batch_size * self.row_tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the seconds since training began."""
+        if self._earlier is None:  # after a resume the state holds what was logged before
+            self._earlier = max((entry["elapsed"] for entry in self.state.log_history), default=0.0)
+        elapsed = self._earlier + time.monotonic() - self._begun
+        super().log({**logs, "elapsed": round(elapsed, 1)}, start_time)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any

@@ -33,6 +33,7 @@ PLAN = make_plan(
     ),
     "20%",
 )
+STAGE_KEYS = {"name", "seconds", "parameters", "metrics", "curve"}
 
 
 def on_test_users(ndcg):
@@ -85,7 +86,8 @@ def test_report_has_the_stable_keys(evidence):
     report = make_report(evidence)
     assert list(report) == [
         *("target", "parameters", "kept_non_embedding", "shape", "stages", "metrics", "retained"),
-        *("compared", "baselines", "verify", "seed", "versions", "seconds", "peak_memory_bytes"),
+        *("compared", "baselines", "verify", "seed", "versions", "seconds", "seconds_by_step"),
+        "peak_memory_bytes",
     ]
     for which in ("full", "pruned"):
         assert set(report["parameters"][which]) == {"total", "embedding", "non_embedding", "bytes"}
@@ -99,7 +101,8 @@ def test_report_has_the_stable_keys(evidence):
     compared = report["compared"]["hr@10"]
     assert compared["difference"] == pytest.approx(0.25)
     assert compared["difference_ci95"][0] <= 0.25 <= compared["difference_ci95"][1]
-    assert [set(stage) for stage in report["stages"]] == [{"name", "seconds", "parameters", "metrics"}] * 3
+    assert [set(stage) for stage in report["stages"]] == [STAGE_KEYS] * 3
+    assert report["seconds"] == sum(report["seconds_by_step"].values())
     assert report["seconds"] == pytest.approx(11 + 5 + 3 * 30 + 7)
     assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
 

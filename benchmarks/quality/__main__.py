@@ -1,0 +1,112 @@
+"""What pruning keeps, what it is held against, on every data set: one table.
+
+    python -m benchmarks.quality --data-root DIR [--sets S ...] [--recipes R ...] [--seeds N ...]
+
+Full models are trained first where they are missing. Finished rows of `results.json` are kept, so a run that
+was stopped goes on; all of it takes days on two cores and hours on a GPU.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality.page import write_pages
+from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, read_rows
+from benchmarks.quality.sets import CONTROLS, SETS, TARGETS, Set
+from models.sources import BUILT_IN
+
+RUNS = Path("runs/quality")
+
+
+def main() -> None:
+    """Make the rows that are missing, then the pages."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with the data sets' folders")
+    parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
+    parser.add_argument("--recipes", nargs="+", default=["leanrec", *CONTROLS])
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--restore-tokens", type=int, help="budget of every run (default: the recipe's own)")
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for name in options.sets:
+            for target in options.targets:
+                for recipe in options.recipes:
+                    # The controls are held against the default at the first target.
+                    if target == TARGETS[0] or recipe == "leanrec":
+                        asked = Asked(SETS[name], recipe, target, seed, options.restore_tokens)
+                        _answer(asked, options.data_root)
+                        write_pages()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One compression of the table."""
+
+    chosen: Set
+    recipe: str
+    target: str
+    seed: int
+    tokens: int | None
+    """of restoration; None for the recipe's own budget"""
+
+    @property
+    def budget(self) -> str:
+        return str(self.tokens or "default")
+
+    def is_answered(self) -> bool:
+        """Return whether `results.json` has its row."""
+        asked = (self.chosen.name, self.recipe, self.target, self.seed)
+        return any(
+            asked == (row["data"], row["recipe"], row["target"], row["seed"])
+            and self.tokens in (None, row["restoration_tokens"])
+            for row in read_rows()
+        )
+
+
+def full_model(chosen: Set, data: str) -> Path:
+    """Return the full model of a data set; it is trained once."""
+    from models.finetune import FinetuneConfig, finetune
+
+    return finetune(
+        FinetuneConfig(
+            base=chosen.base,
+            data=data,
+            out=RUNS / chosen.name / "full",
+            epochs=chosen.epochs,
+            learning_rate=chosen.learning_rate,
+            max_history=chosen.max_history,
+        )
+    )
+
+
+def _answer(asked: Asked, root: Path) -> None:
+    if asked.is_answered():
+        return
+    chosen, folder = asked.chosen, RUNS / asked.chosen.name
+    data = BUILT_IN if chosen.name == BUILT_IN else str(root / chosen.name)
+    model = full_model(chosen, data)
+    out = folder / f"{asked.recipe}-{asked.target.removesuffix('%')}-{asked.seed}-{asked.budget}"
+    command = [sys.executable, "-m", "benchmarks.quality.one", "--model", str(model), "--data", data]
+    command += ["--target", asked.target, "--recipe", asked.recipe, "--seed", str(asked.seed)]
+    command += ["--vocab", chosen.vocab, "--out", str(out)]
+    command += ["--shared", str(folder / f"shared-{asked.seed}-{asked.budget}")]
+    command += ["--restore-tokens", str(asked.tokens)] if asked.tokens else []
+    subprocess.run(command, check=True)
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    described = json.loads((out / "recommender.json").read_text(encoding="utf-8"))
+    settings, training = described["parent"]["settings"], described["training"]
+    keep_row(full_row(report, training, settings=settings))
+    for row in baseline_rows(report, settings=settings):
+        keep_row(row)
+    keep_row(compression_row(report, base=training["base"], settings=settings))
+    if asked.recipe != "leanrec":
+        shutil.rmtree(out)  # its row says what it was
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""One compression in a process of its own, so that its memory and its time are its own.
+
+    python -m benchmarks.quality.one --model DIR --data D --out DIR --shared DIR --target 5% ...
+
+As `compress`, but runs of one full model share what it said about the training rows and the test users.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from models.errors import run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.one")
+    for name in ("model", "data", "target", "recipe", "vocab"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("out", "shared"):
+        parser.add_argument(f"--{name}", required=True, type=Path)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--restore-tokens", type=int)
+    options = parser.parse_args(argv)
+    from compress.job import Job
+    from compress.pipeline import compress
+
+    compress(Job(**vars(options)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,252 @@
+"""`README.md` and `report.html` of the quality benchmark, from the results beside it.
+
+python -m benchmarks.quality.page
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quality.rows import HERE, Row, read_rows
+from benchmarks.serving.page import Table
+from compress.page import STYLE
+from compress.plots import Line, line_chart
+from models.atomic import write_text
+
+TITLES = {
+    "full": "full model",
+    "leanrec": "LeanRec",
+    "prunerec": "published method (arXiv 2507.07064)",
+    "one-stage": "all cuts at once",
+    "depth-only": "depth only",
+    "width-only": "width only",
+    "random": "random weights, distilled",
+    "random-targets": "random weights, targets only",
+    "bigram": "last-item bigram",
+    "popularity": "popularity",
+    "sasrec": "SASRec, tuned",
+}
+ORDER = list(TITLES)
+METRICS = ("hr@10", "ndcg@10")
+
+
+def write_pages() -> None:
+    """Write both pages."""
+    rows = [*read_rows(), *_sasrec()]
+    by_data: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_data[row["data"]].append(row)
+    tables = [_summary(by_data)]
+    for data, found in sorted(by_data.items()):
+        tables.append(_quality_table(data, found))
+        tables.append(_full_table(data, found))
+    tables.append(_cost_table(rows))
+    intro = (
+        "What a pruned model keeps of its full model, and what it is held against: the published method, the "
+        "cuts one by one, the same shape without the full model's weights, and what needs no language model. "
+        "All test users, the whole catalogue ranked by exact search, the history not masked; 95 % bootstrap "
+        "intervals over users. Made by `make bench-quality`."
+    )
+    body = "\n\n".join(table.markdown() for table in tables if len(table.cells) > 1)
+    write_text(HERE / "README.md", f"# Quality benchmark\n\n{intro}\n\n{body}\n")
+    html = "".join(table.html() for table in tables if len(table.cells) > 1)
+    write_text(
+        HERE / "report.html",
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Quality benchmark</title>'
+        f"<style>{STYLE}</style></head><body><main><h1>Quality benchmark</h1><p>{intro}</p>{html}</main>"
+        "</body></html>\n",
+    )
+
+
+def _sasrec() -> list[Row]:
+    path = HERE / "baselines.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return [{**row, "recipe": row["contender"]} for row in found if row["contender"] == "sasrec"]
+
+
+def _groups(rows: Sequence[Row]) -> dict[tuple[str, str | None, int | None], list[Row]]:
+    """Return the seeds of each recipe, target and budget together."""
+    groups: dict[tuple[str, str | None, int | None], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["recipe"], row.get("target"), row.get("restoration_tokens")].append(row)
+    return dict(sorted(groups.items(), key=lambda item: (str(item[0][2]), ORDER.index(item[0][0]))))
+
+
+def _mean(rows: Sequence[Row], *path: str) -> float | None:
+    values = []
+    for row in rows:
+        value: Any = row
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        if value is None:
+            return None
+        values.append(float(value))
+    return float(np.mean(values))
+
+
+def _quality_table(data: str, rows: Sequence[Row]) -> Table:
+    cells = [["", "Target", "Kept", "All parameters", "Tokens", "Seeds", "HR@10", "NDCG@10", "NLL"]]
+    cells[0] += ["HR@10 kept", "NDCG@10 kept", "NDCG@10 lost, paired"]
+    for (recipe, target, tokens), group in _groups(rows).items():
+        kept = _mean(group, "kept_non_embedding")
+        total, nll = _mean(group, "total_parameters"), _mean(group, "metrics", "nll")
+        cells.append(
+            [
+                TITLES[recipe],
+                target or "",
+                f"{kept:.2%}" if kept is not None else "",
+                f"{total:,.0f}" if total is not None else "",
+                f"{tokens / 1e6:.2f} M" if tokens else "",
+                str(len(group)) if group[0].get("seed") is not None else "",
+                *(_with_interval(group, metric) for metric in METRICS),
+                f"{nll:.3f}" if nll is not None else "",
+                *(_retained(group, metric) for metric in METRICS),
+                _lost(group),
+            ]
+        )
+    users = rows[0]["users"]
+    note = (
+        f"{users:,} test users; {_hardware(rows)}. Means over seeds; intervals are those of the first seed, "
+        "over users. Kept: of the full model's; lost: full minus pruned on the same users."
+    )
+    return Table(f"Quality: {data}", note, cells, _curves(rows))
+
+
+def _with_interval(group: Sequence[Row], metric: str) -> str:
+    low, high = group[0]["ci95"][metric]
+    return f"{_mean(group, 'metrics', metric):.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _retained(group: Sequence[Row], metric: str) -> str:
+    found = _mean(group, "retained", metric)
+    if found is None:
+        return ""
+    interval = group[0]["compared"][metric]["retained_ci95"]
+    return f"{found:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+
+
+def _lost(group: Sequence[Row]) -> str:
+    if "compared" not in group[0]:
+        return ""
+    found = group[0]["compared"]["ndcg@10"]
+    low, high = found["difference_ci95"]
+    return f"{found['difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _full_table(data: str, rows: Sequence[Row]) -> Table:
+    cells = [["Base", "Non-embedding parameters", "Epochs", "Training s", "Tokens/s", "Peak MiB"]]
+    for row in rows:
+        if row["recipe"] == "full":
+            numbers = [row.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes")]
+            seconds, rate, memory = numbers
+            cells.append(
+                [
+                    row["base"],
+                    f"{row['parameters']['non_embedding']:,}",
+                    str(row["settings"]["epochs"]),
+                    f"{seconds:,.0f}" if seconds else "not recorded",
+                    f"{rate:,.0f}" if rate else "not recorded",
+                    f"{memory / 2**20:,.0f}" if memory else "not recorded",
+                ]
+            )
+    return Table(f"Full model: {data}", "`finetune`, with the settings in `results.json`.", cells)
+
+
+def _summary(by_data: Mapping[str, Sequence[Row]]) -> Table:
+    """Return what the default keeps on every data set."""
+    cells = [["Data", "Target", "Tokens", "Seeds", "HR@10 kept", "NDCG@10 kept", "NDCG@10: LeanRec"]]
+    cells[0] += ["Full", "SASRec", "Bigram", "Random, distilled"]
+    for data, rows in sorted(by_data.items()):
+        groups = _groups(rows)
+        for (recipe, target, tokens), group in groups.items():
+            if recipe == "leanrec":
+                others = [
+                    groups.get(key)
+                    for key in (
+                        ("full", "100%", None),
+                        ("sasrec", None, None),
+                        ("bigram", None, None),
+                        ("random", target, tokens),
+                    )
+                ]
+                cells.append(
+                    [
+                        data,
+                        str(target),
+                        f"{(tokens or 0) / 1e6:.2f} M",
+                        str(len(group)),
+                        *(_retained(group, metric) for metric in METRICS),
+                        f"{_mean(group, 'metrics', 'ndcg@10'):.4f}",
+                        *(f"{_mean(other, 'metrics', 'ndcg@10'):.4f}" if other else "" for other in others),
+                    ]
+                )
+    return Table("What is kept", "The default recipe on every data set measured so far.", cells)
+
+
+def _cost_table(rows: Sequence[Row]) -> Table:
+    """Return where the time of a compression goes."""
+    steps = ("full_read", "full_measured", "cuts", "distillation", "verified_and_tested")
+    cells = [["Data", "Recipe", "Target", "Tokens", *steps, "Total / distillation", "Peak MiB"]]
+    for row in rows:
+        if "seconds_by_step" in row:
+            taken = row["seconds_by_step"]
+            cells.append(
+                [
+                    row["data"],
+                    TITLES[row["recipe"]],
+                    row["target"],
+                    f"{row['restoration_tokens'] / 1e6:.2f} M",
+                    *(f"{taken[step]:,.0f}" for step in steps),
+                    f"{row['seconds'] / taken['distillation']:.2f}",
+                    f"{row['peak_memory_bytes'] / 2**20:,.0f}",
+                ]
+            )
+    note = (
+        "Seconds. What the full model said is computed once for all recipes of a data set, counted in each. "
+        "Other work ran on the machine during some of the runs."
+    )
+    return Table("What a compression costs", note, cells)
+
+
+def _curves(rows: Sequence[Row]) -> str:
+    """Return validation NLL against restoration tokens."""
+    lines = []
+    for (recipe, target, tokens), group in _groups(rows).items():
+        curve = group[0].get("curve")
+        if curve and target == "5%":
+            points, before, last = [], 0.0, 0.0
+            for point in curve:
+                if point["tokens"] < last:
+                    before += last
+                last = point["tokens"]
+                points.append((before + point["tokens"], point["nll"]))
+            lines.append(Line(f"{TITLES[recipe]}, {(tokens or 0) / 1e6:.1f} M", points))
+    if not lines:
+        return ""
+    curves = line_chart(lines, x_label="restoration tokens", y_label="validation NLL", title="Validation NLL")
+    return f"{curves}</figure><figure>{_pareto(rows)}"
+
+
+def _pareto(rows: Sequence[Row]) -> str:
+    """Return NDCG@10 against the size of the body, a mark for each recipe, target and budget."""
+    marks: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for (recipe, _, _), group in _groups(rows).items():
+        if "parameters" in group[0] and isinstance(group[0]["parameters"], Mapping):
+            size = np.log10(group[0]["parameters"]["non_embedding"])
+            marks[recipe].append((float(size), _mean(group, "metrics", "ndcg@10") or 0.0))
+    lines = [Line(TITLES[recipe], sorted(points)) for recipe, points in marks.items()]
+    return line_chart(
+        lines, x_label="log10 of non-embedding parameters", y_label="NDCG@10", title="Quality against size"
+    )
+
+
+def _hardware(rows: Sequence[Row]) -> str:
+    return "; ".join(sorted({row["hardware"] for row in rows if "hardware" in row}))
+
+
+if __name__ == "__main__":
+    write_pages()

@@ -1,0 +1,130 @@
+"""Rows of `results.json`: one for each full model and each compression, told apart by what was asked for."""
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loadtest.machine import describe_machine
+from models.atomic import write_json
+
+HERE = Path("benchmarks/quality")
+RESULTS = HERE / "results.json"
+KEY = ("data", "base", "recipe", "target", "seed", "restoration_tokens")
+Row = dict[str, Any]
+
+
+def read_rows(path: Path = RESULTS) -> list[Row]:
+    """Return the rows there are."""
+    found: list[Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return found
+
+
+def keep_row(row: Row, path: Path = RESULTS) -> None:
+    """Add a row, or put it in the place of the one that answers the same question."""
+    others = [other for other in read_rows(path) if key_of(other) != key_of(row)]
+    write_json(path, sorted([*others, row], key=lambda each: tuple(str(part) for part in key_of(each))))
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return what a row answers."""
+    return tuple(row.get(name) for name in KEY)
+
+
+def compression_row(report: Mapping[str, Any], *, base: str, settings: Mapping[str, Any]) -> Row:
+    """Return the row of a compression.
+
+    Args:
+        report: its `report.json`.
+        settings: what it was made with, as in its `recommender.json`.
+    """
+    tested = report["metrics"]["pruned"]["test"]
+    stages = report["stages"]
+    return {
+        "data": Path(str(settings["data"])).name,
+        "base": base,
+        "recipe": settings["recipe"],
+        "target": report["target"],
+        "seed": report["seed"],
+        "kept_non_embedding": report["kept_non_embedding"],
+        "parameters": report["parameters"]["pruned"],
+        "total_parameters": report["parameters"]["pruned"]["total"],
+        "shape": report["shape"]["pruned"],
+        "restoration_tokens": settings["restore_tokens"],
+        "seconds": report["seconds"],
+        "seconds_by_step": report["seconds_by_step"],
+        "peak_memory_bytes": report["peak_memory_bytes"],
+        **_quality(tested),
+        "retained": report["retained"],
+        "compared": {name: report["compared"][name] for name in ("hr@10", "ndcg@10")},
+        "curve": [point for stage in stages for point in stage["curve"]],
+        "cut_nll": [stage["metrics"]["cut"]["nll"] for stage in stages],
+        "data_sha256": settings["data_sha256"],
+        "versions": report["versions"],
+        **_place(),
+    }
+
+
+def full_row(report: Mapping[str, Any], training: Mapping[str, Any], *, settings: Mapping[str, Any]) -> Row:
+    """Return the row of the full model that a compression began with."""
+    return {
+        "data": Path(str(settings["data"])).name,
+        "base": training["base"],
+        "recipe": "full",
+        "target": "100%",
+        "seed": training["seed"],
+        "kept_non_embedding": 1.0,
+        "parameters": report["parameters"]["full"],
+        "total_parameters": report["parameters"]["full"]["total"],
+        "shape": report["shape"]["full"],
+        "restoration_tokens": None,
+        "seconds": training.get("seconds"),
+        "tokens_per_second": training.get("tokens_per_second"),
+        "peak_memory_bytes": training.get("peak_memory_bytes"),
+        "settings": training["settings"],
+        **_quality(report["metrics"]["full"]["test"]),
+        "data_sha256": settings["data_sha256"],
+        "versions": report["versions"],
+        **_place(),
+    }
+
+
+def baseline_rows(report: Mapping[str, Any], *, settings: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of popularity and bigram."""
+    return [
+        {
+            "data": Path(str(settings["data"])).name,
+            "base": None,
+            "recipe": name,
+            "target": None,
+            "seed": None,
+            "restoration_tokens": None,
+            **_quality(found["test"]),
+            "data_sha256": settings["data_sha256"],
+            **_place(),
+        }
+        for name, found in report["baselines"].items()
+    ]
+
+
+def _quality(tested: Mapping[str, Any]) -> Row:
+    names = ("hr@5", "hr@10", "ndcg@5", "ndcg@10", "nll")
+    return {
+        "metrics": {name: tested[name] for name in names if name in tested},
+        "ci95": tested["ci95"],
+        "users": tested["users"],
+        "later_day": tested["later_day"],
+    }
+
+
+def _place() -> Row:
+    machine = describe_machine()
+    command = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "hardware": f"{machine['cores']} x {machine['cpu']}",
+        "threads": int(os.environ.get("OMP_NUM_THREADS", machine["cores"])),
+        "commit": commit or "unknown",
+    }

@@ -1,0 +1,53 @@
+"""The data sets of the quality benchmark and the full models compressed on them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Set:
+    """A data set, and how its full model is made."""
+
+    name: str
+    """of its folder under `--data-root`; `ml-100k` comes with a wheel"""
+    base: str
+    """what `finetune --base` takes"""
+    epochs: int
+    max_history: int
+    """titles of a prompt: 10 by the protocol of the `_d3` sets"""
+    learning_rate: float
+    vocab: str
+    """what `compress --vocab` takes"""
+
+
+SETS = {
+    chosen.name: chosen
+    for chosen in (
+        Set(
+            name="amazon18_cds_vinyl_d3",
+            base="smollm2-135m",
+            epochs=3,
+            max_history=10,
+            learning_rate=3e-4,
+            vocab="catalog",
+        ),
+        Set(
+            name="amazon18_video_games_d3",
+            base="smollm2-135m",
+            epochs=3,
+            max_history=10,
+            learning_rate=3e-4,
+            vocab="catalog",
+        ),
+        Set(
+            name="movielens_1m",
+            base="base",
+            epochs=10,
+            max_history=50,
+            learning_rate=2e-3,
+            vocab="keep",
+        ),
+        Set(name="ml-100k", base="demo", epochs=10, max_history=50, learning_rate=4e-3, vocab="keep"),
+    )
+}
+TARGETS = ("5%", "2.5%")
+CONTROLS = ("prunerec", "one-stage", "depth-only", "width-only", "random", "random-targets")
