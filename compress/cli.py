@@ -6,7 +6,8 @@ from pathlib import Path
 
 from models.errors import UsageError, run_command
 
-DEFAULT_DATA = "ml-100k"
+RECIPES = ("leanrec", "prunerec", "one-stage", "depth-only", "width-only", "random", "random-targets")
+"""those of `compress.recipe`, which takes seconds to import"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,7 +34,12 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="where the result goes (default: runs/DATA/pruned-SIZE)"
     )
-    command.add_argument("--recipe", choices=["leanrec"], default="leanrec", help="how to prune and restore")
+    command.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        default="leanrec",
+        help="how to prune and restore; all but leanrec are what it is held against (default: leanrec)",
+    )
     command.add_argument(
         "--vocab",
         choices=["keep", "catalog"],

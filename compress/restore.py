@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import Dataset
@@ -29,6 +29,8 @@ from models.losses import ValidTokens
 from models.precision import prefers_bf16
 from models.trie import Trie
 
+DIVERGED = 1.5
+"""times the NLL right after the cut, or of a guess among all titles: a model beyond it has come apart"""
 COMPLETE = "complete"
 """Marks a Trainer checkpoint that was written to its end."""
 
@@ -90,7 +92,7 @@ def restore(
         validate: negative log-likelihood of the next item on validation users, nats; lower is better.
 
     Raises:
-        LeanRecError: the loss is no longer finite.
+        LeanRecError: it diverges; says where the best state is.
     """
     checkpoint = _last_checkpoint(directory)
     arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
@@ -104,6 +106,8 @@ def restore(
         valid_tokens=ValidTokens(trie, arguments.device),
         weights=settings.weights,
         validate=validate,
+        start=start,
+        guess=math.log(trie.num_leaves),
     )
     state = _state_of(checkpoint) if checkpoint else None
     if state is None or state.global_step < arguments.max_steps:
@@ -196,11 +200,14 @@ class DistillationTrainer(Trainer):
         valid_tokens: ValidTokens,
         weights: LossWeights,
         validate: Callable[[PreTrainedModel], float],
+        start: Path,
+        guess: float,
         **arguments: Any,
     ) -> None:
         super().__init__(data_collator=collate, **arguments)
         self._teacher_head = teacher_head.to(self.args.device)
         self._valid_tokens, self._weights, self._validate = valid_tokens, weights, validate
+        self._start, self._guess = start, guess
         self._sums = torch.zeros(3, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -230,21 +237,34 @@ class DistillationTrainer(Trainer):
         """Add the means of the two KLs since the last entry; stop a run whose loss is not finite."""
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise LeanRecError(
-                    f"restoration: the loss is not finite at step {self.state.global_step}; "
-                    "the model diverged, or the checkpoint it started from holds extreme values"
-                )
+                self._stop("the loss is not finite")
             valid, vocabulary, count = self._sums.tolist()
             self._sums.zero_()
             logs = {**logs, "kl_valid": valid / count, "kl_vocabulary": vocabulary / count}
         super().log(logs, start_time)
 
+    def _stop(self, reason: str) -> NoReturn:
+        """Raise LeanRecError with where the best state is: a checkpoint that stays in the work directory."""
+        best, nll = self.state.best_model_checkpoint, self.state.best_metric
+        kept = (
+            f"{best} (validation NLL {nll:.4f})" if best else f"{self._start}, as it was right after the cut"
+        )
+        raise LeanRecError(
+            f"restoration: diverged at step {self.state.global_step}: {reason}. The best state is kept in "
+            f"{kept}. Try another --seed or fewer --restore-tokens; if it happens at once, look for extreme "
+            "values in the full model"
+        )
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return `eval_nll` of the model as it is."""
+        """Return `eval_nll` of the model as it is; stop a run that has come apart."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        metrics = {"eval_nll": self._validate(model)}
+        nll = self._validate(model)
+        first = next((entry["eval_nll"] for entry in self.state.log_history if "eval_nll" in entry), nll)
+        if not nll <= DIVERGED * max(first, self._guess):
+            self._stop(f"the validation NLL is {nll:.3g}, {first:.3g} at the start")
+        metrics = {"eval_nll": nll}
         model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from compress import cli
 from compress.distill import LossWeights, distillation_loss
-from compress.recipe import Recipe
+from compress.recipe import RECIPES, Recipe
 from models.losses import ValidTokens
 from models.trie import build_trie
 
@@ -40,3 +41,8 @@ def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
 
     assert loss(LossWeights(valid=1.0, vocabulary=0.0)) == pytest.approx(0.0, abs=1e-6)
     assert loss(LossWeights(valid=0.5, vocabulary=0.5)) > 0.1
+
+
+def test_the_command_offers_every_recipe() -> None:
+    assert sorted(cli.RECIPES) == sorted(RECIPES)
+    assert cli.parser().get_default("recipe") == "leanrec"

@@ -288,5 +288,17 @@ def test_a_loss_that_is_not_finite_stops_with_an_error(bench, tmp_path):
         model.model.norm.weight.fill_(float("inf"))
     model.save_pretrained(tmp_path / "broken")
     short = dataclasses.replace(SETTINGS, tokens=100)
-    with pytest.raises(LeanRecError, match="not finite"):
+    with pytest.raises(
+        LeanRecError, match=r"diverged at step \d+: the loss is not finite.*broken, as it was"
+    ):
         run_restore(bench, tmp_path / "work", lambda model: 1.0, short, start=tmp_path / "broken")
+
+
+def test_a_restoration_that_comes_apart_stops_and_says_where_its_best_state_is(bench, tmp_path):
+    values = iter([4.0, 3.5, 3.6, 6.9])
+    with pytest.raises(LeanRecError, match=r"the validation NLL is 6.9, 4 at the start") as told:
+        run_restore(bench, tmp_path / "work", lambda model: next(values))
+    _, every = training_steps(bench.rows, SETTINGS)
+    best = tmp_path / "work" / f"checkpoint-{every}"
+    assert f"{best} (validation NLL 3.5000)" in str(told.value)
+    AutoModelForCausalLM.from_pretrained(best)
