@@ -2,6 +2,7 @@
 #   make demo    the whole job on MovieLens-100K: train, compress to 5 %, serve both, load-test, one table
 #   make test    every test, with coverage and the slowest ten
 #   make bench-serving  what a recommendation costs, every way to serve it: an hour, on a quiet machine
+#   make bench-quality DATA_ROOT=DIR  what pruning keeps, against its controls: days on two cores, resumable
 #   make lint    ruff, mypy, the Dockerfile and the compose file
 # EXTRA=gpu installs vLLM for NVIDIA GPUs instead of the CPU build; PYTHON names the interpreter.
 
@@ -9,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench-serving
+.PHONY: help install demo test lint bench-serving bench-quality
 
 EXTRA ?= cpu
 VENV := .venv
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
-	@sed -n '2,6s/^# \{0,1\}//p' Makefile
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -42,6 +43,10 @@ ifndef DATA
 	python -m benchmarks.serving.big_catalog
 endif
 	python -m benchmarks.serving.page
+
+# DATA_ROOT holds a folder for each data set of benchmarks/quality/sets.py.
+bench-quality: $(INSTALLED)
+	python -m benchmarks.quality --data-root $(DATA_ROOT)
 
 test: $(INSTALLED)
 	# One thread each: two workers fill two cores, and threads that wait for one another by spinning do not.

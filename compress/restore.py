@@ -246,9 +246,7 @@ class DistillationTrainer(Trainer):
     def _stop(self, reason: str) -> NoReturn:
         """Raise LeanRecError with where the best state is: a checkpoint that stays in the work directory."""
         best, nll = self.state.best_model_checkpoint, self.state.best_metric
-        kept = (
-            f"{best} (validation NLL {nll:.4f})" if best else f"{self._start}, as it was right after the cut"
-        )
+        kept = f"{best} (validation NLL {nll:.4f})" if best else f"{self._start}, as it was before"
         raise LeanRecError(
             f"restoration: diverged at step {self.state.global_step}: {reason}. The best state is kept in "
             f"{kept}. Try another --seed or fewer --restore-tokens; if it happens at once, look for extreme "

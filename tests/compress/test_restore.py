@@ -288,9 +288,7 @@ def test_a_loss_that_is_not_finite_stops_with_an_error(bench, tmp_path):
         model.model.norm.weight.fill_(float("inf"))
     model.save_pretrained(tmp_path / "broken")
     short = dataclasses.replace(SETTINGS, tokens=100)
-    with pytest.raises(
-        LeanRecError, match=r"diverged at step \d+: the loss is not finite.*broken, as it was"
-    ):
+    with pytest.raises(LeanRecError, match=r"diverged at step \d+: the loss is not finite.*broken, as"):
         run_restore(bench, tmp_path / "work", lambda model: 1.0, short, start=tmp_path / "broken")
 
 
