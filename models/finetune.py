@@ -1,5 +1,6 @@
 """Makes a full recommender: from scratch, or from a checkpoint, on a data set."""
 
+import json
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from models.streams import PackedStreams, StreamConfig
 from models.transformers_engine import TransformersEngine
 
 SMOLLM2 = "smollm2-135m"
+COST = "training.json"
 VALIDATION_USERS = 1000
 """who tell the states of a training run apart"""
 
@@ -99,15 +101,13 @@ def finetune(config: FinetuneConfig) -> Path:
             catalog=data.catalog,
             prompt=prompt,
             training={
-                "seconds": trainer.seconds,
-                "tokens_per_second": round(trainer.tokens / trainer.seconds, 1),
-                "peak_memory_bytes": peak_memory_bytes(),
                 "data": config.data,
                 "split": "given" if find_source(config.data).has_splits else "leave-one-out",
                 "seed": config.seed,
                 "base": config.base,
                 "settings": settings,
             },
+            extra_files={COST: json.dumps(trainer.cost(), indent=2)},
         )
         shutil.rmtree(work, ignore_errors=True)
     return out
@@ -233,15 +233,17 @@ class RecommenderTrainer(Trainer):
         self._begun = time.monotonic()
         self._earlier: float | None = None
 
-    @property
-    def seconds(self) -> float:
-        """What training has taken, evaluations included; what was lost by an interruption is not."""
-        return max(entry["elapsed"] for entry in self.state.log_history)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens trained on, padding included."""
-        return self.state.global_step * self.args.train_batch_size * self.row_tokens
+    def cost(self) -> dict[str, float]:
+        """Return what training took: `seconds` with evaluations and without what an interruption lost,
+        `tokens` with padding, `tokens_per_second`, `peak_memory_bytes`."""
+        seconds = max(entry["elapsed"] for entry in self.state.log_history)
+        tokens = self.state.global_step * self.args.train_batch_size * self.row_tokens
+        return {
+            "seconds": seconds,
+            "tokens": tokens,
+            "tokens_per_second": round(tokens / seconds, 1),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the seconds since training began."""

@@ -100,7 +100,7 @@ def _answer(asked: Asked, root: Path) -> None:
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     described = json.loads((out / "recommender.json").read_text(encoding="utf-8"))
     settings, training = described["parent"]["settings"], described["training"]
-    keep_row(full_row(report, training, settings=settings))
+    keep_row(full_row(report, model, settings=settings))
     for row in baseline_rows(report, settings=settings):
         keep_row(row)
     keep_row(compression_row(report, base=training["base"], settings=settings))

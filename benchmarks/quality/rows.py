@@ -9,6 +9,7 @@ from typing import Any
 
 from loadtest.machine import describe_machine
 from models.atomic import write_json
+from models.finetune import COST
 
 HERE = Path("benchmarks/quality")
 RESULTS = HERE / "results.json"
@@ -67,8 +68,15 @@ def compression_row(report: Mapping[str, Any], *, base: str, settings: Mapping[s
     }
 
 
-def full_row(report: Mapping[str, Any], training: Mapping[str, Any], *, settings: Mapping[str, Any]) -> Row:
-    """Return the row of the full model that a compression began with."""
+def full_row(report: Mapping[str, Any], model: Path, *, settings: Mapping[str, Any]) -> Row:
+    """Return the row of the full model that a compression began with.
+
+    Args:
+        model: its directory.
+    """
+    training = json.loads((model / "recommender.json").read_text(encoding="utf-8"))["training"]
+    cost = model / COST
+    taken = json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
     return {
         "data": Path(str(settings["data"])).name,
         "base": training["base"],
@@ -80,9 +88,7 @@ def full_row(report: Mapping[str, Any], training: Mapping[str, Any], *, settings
         "total_parameters": report["parameters"]["full"]["total"],
         "shape": report["shape"]["full"],
         "restoration_tokens": None,
-        "seconds": training.get("seconds"),
-        "tokens_per_second": training.get("tokens_per_second"),
-        "peak_memory_bytes": training.get("peak_memory_bytes"),
+        **{name: taken.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes")},
         "settings": training["settings"],
         **_quality(report["metrics"]["full"]["test"]),
         "data_sha256": settings["data_sha256"],

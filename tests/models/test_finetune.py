@@ -62,6 +62,11 @@ def test_a_new_model_learns_the_data(tmp_path: Path) -> None:
     assert found.metrics["hr@10"] > 2 * evaluate_baselines(data, data.test)["popularity"].metrics["hr@10"]
     assert recommender.training["base"] == "small"
     assert not (tmp_path / "full.work").exists()
+    cost = json.loads((out / "training.json").read_text())
+    assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["seconds"], rel=0.01)
+    # Twelve passes over the training titles, some left out each time, and some padding.
+    titles = sum(len(recommender.prompter.title_tokens[item]) for item in data.train.items.tolist())
+    assert 0.8 * 12 * titles < cost["tokens"] < 1.6 * 12 * titles
     written = (out / "model.safetensors").stat().st_mtime_ns
     assert finetune(config(tmp_path)) == out  # finished: kept
     assert (out / "model.safetensors").stat().st_mtime_ns == written
