@@ -1,0 +1,135 @@
+"""The quality benchmark: rows that answer one question each, and pages made from them alone."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import page, rows
+from benchmarks.quality.__main__ import Asked
+from benchmarks.quality.page import ORDER, write_pages
+from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, key_of, read_rows
+from benchmarks.quality.sets import CONTROLS, SETS
+from compress.recipe import RECIPES
+
+INTERVALS = {name: [0.1, 0.2] for name in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")}
+
+
+def measured(ndcg):
+    values = {"hr@5": 0.1, "hr@10": 2 * ndcg, "ndcg@5": ndcg / 2, "ndcg@10": ndcg, "nll": 5.0}
+    return {**values, "users": 50, "ci95": INTERVALS, "later_day": {"users": 10, "ndcg@10": ndcg}}
+
+
+def report(ndcg=0.09):
+    compared = {
+        "difference": 0.01,
+        "difference_ci95": [0.0, 0.02],
+        "retained": 0.9,
+        "retained_ci95": [0.8, 1.0],
+    }
+    sizes = {"total": 300, "embedding": 200, "non_embedding": 100, "bytes": 1200}
+    restored = {"metrics": {"cut": {"nll": 6.0}, "restored": {"nll": 5.0}}}
+    steps = ("full_read", "full_measured", "cuts", "distillation", "verified_and_tested")
+    return {
+        "target": "5%",
+        "seed": 0,
+        "kept_non_embedding": 0.049,
+        "parameters": {"full": {**sizes, "non_embedding": 2000}, "pruned": sizes},
+        "shape": {"full": {"num_layers": 8}, "pruned": {"num_layers": 2}},
+        "stages": [{**restored, "curve": [{"tokens": 0, "nll": 6.0}, {"tokens": 100, "nll": 5.0}]}] * 2,
+        "metrics": {"full": {"test": measured(0.1)}, "pruned": {"test": measured(ndcg)}},
+        "retained": {"hr@10": 0.9, "ndcg@10": 0.9},
+        "compared": {"hr@10": compared, "ndcg@10": compared},
+        "baselines": {"popularity": {"test": measured(0.02)}, "bigram": {"test": measured(0.05)}},
+        "seconds": 100.0,
+        "seconds_by_step": dict.fromkeys(steps, 20.0),
+        "peak_memory_bytes": 2**30,
+        "versions": {"torch": "2"},
+    }
+
+
+def settings(recipe="leanrec"):
+    return {"recipe": recipe, "data": "some/where/toys", "restore_tokens": 200, "data_sha256": "ab"}
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """The benchmark's folder, with the rows of a full model, its baselines and three compressions."""
+    monkeypatch.setattr(page, "HERE", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(read_rows, "__defaults__", (tmp_path / "results.json",))
+    monkeypatch.setattr(keep_row, "__defaults__", (tmp_path / "results.json",))
+    model = tmp_path / "model"
+    model.mkdir()
+    training = {"base": "demo", "seed": 0, "settings": {"epochs": "10"}}
+    (model / "recommender.json").write_text(json.dumps({"training": training}))
+    keep_row(full_row(report(), model, settings=settings()))
+    for row in baseline_rows(report(), settings=settings()):
+        keep_row(row)
+    for recipe, ndcg in (("leanrec", 0.09), ("random", 0.08), ("prunerec", 0.07)):
+        keep_row(compression_row(report(ndcg), base="demo", settings=settings(recipe)))
+    return tmp_path
+
+
+def test_a_row_takes_the_place_of_the_one_that_answers_the_same(results):
+    before = read_rows()
+    assert len({key_of(row) for row in before}) == len(before) == 6
+    keep_row(compression_row(report(0.095), base="demo", settings=settings()))
+    after = read_rows()
+    assert len(after) == 6
+    assert [row["metrics"]["ndcg@10"] for row in after if row["recipe"] == "leanrec"] == [0.095]
+    assert [row for row in after if row["recipe"] != "leanrec"] == [
+        row for row in before if row["recipe"] != "leanrec"
+    ]
+
+
+def test_a_question_is_answered_once(results):
+    toys = SETS["ml-100k"].__class__(**{**vars(SETS["ml-100k"]), "name": "toys"})
+    assert Asked(toys, "leanrec", "5%", 0, None).is_answered()
+    assert Asked(toys, "leanrec", "5%", 0, 200).is_answered()
+    assert not Asked(toys, "leanrec", "5%", 0, 300).is_answered()
+    assert not Asked(toys, "leanrec", "5%", 1, None).is_answered()
+    assert not Asked(toys, "one-stage", "5%", 0, None).is_answered()
+
+
+class Balanced(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.fetched = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_pages_hold_the_numbers_and_stand_alone(results):
+    write_pages()
+    markdown = (results / "README.md").read_text()
+    line = next(line for line in markdown.splitlines() if line.startswith("| LeanRec | 5%"))
+    assert "90.0% [80.0%, 100.0%]" in line
+    assert "0.0900 [0.1000, 0.2000]" in line
+    assert "+0.0100 [+0.0000, +0.0200]" in line
+    assert "5.00" in next(line for line in markdown.splitlines() if "| 20 | 20 |" in line), (
+        "total / distillation"
+    )
+    parser = Balanced()
+    parser.feed((results / "report.html").read_text())
+    assert parser.open == []
+    assert parser.fetched == []
+
+
+def test_every_recipe_has_a_place_in_the_table():
+    assert {"leanrec", *CONTROLS} == set(RECIPES) <= set(ORDER)
+
+
+def test_the_committed_page_is_made_from_the_committed_rows(tmp_path, monkeypatch):
+    here = Path("benchmarks/quality")
+    committed = (here / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(page, "write_text", lambda path, text: (tmp_path / path.name).write_text(text))
+    write_pages()
+    assert (tmp_path / "README.md").read_text() == committed
