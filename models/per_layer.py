@@ -58,9 +58,10 @@ class PerLayerShape:
         return sum(layer.num_kv_heads for layer in self.layers)
 
     def config_values(self) -> dict[str, Any]:
-        """Return the keys of config.json that say this shape; at the top stand the largest layer's sizes."""
-        largest = self.largest()
-        top = (largest["num_heads"], largest["num_kv_heads"], largest["intermediate_size"])
+        """Return the keys of config.json that say this shape."""
+        # At the top stand sizes that go together: layers without attention are given them by readers.
+        widest = max(self.layers, key=lambda layer: (layer.num_heads, layer.num_kv_heads))
+        top = (widest.num_heads, widest.num_kv_heads, max(layer.intermediate_size for layer in self.layers))
         per_layer: dict[int, dict[str, Any]] = {}
         for index, layer in enumerate(self.layers):
             values: dict[str, Any] = {}

@@ -34,8 +34,11 @@ class PackedProducts:
         tensors: Reads a tensor of the checkpoint by name.
         """
 
-        def read(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(*names: str) -> Any:
+            """Return the packed matrix and the bias or None; nothing where the layer lacks this half."""
             found = [tensors(f"model.layers.{layer}.{name}.weight") for name in names]
+            if found[0] is None:
+                return ()
             matrix = torch.cat([weight for weight in found if weight is not None]).to(dtype)
             biases = [
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None
@@ -91,7 +94,8 @@ class Int8Products:
 def linears(layer: Any) -> list[Any]:
     """Return the modules of a vLLM decoder layer that hold its matrices."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+    found = [] if attention is None else [attention.qkv_proj, attention.o_proj]
+    return found + ([] if mlp is None else [mlp.gate_up_proj, mlp.down_proj])
 
 
 def is_w8a8(layer: Any) -> bool:
