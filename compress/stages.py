@@ -15,6 +15,7 @@ from compress import inputs
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
 from compress.measure import Yardstick
+from compress.per_layer import prune_per_layer
 from compress.prune import prune_depth, prune_mlp, prune_width
 from compress.restore import RestoreSettings, restore
 from compress.rows import RestorationRows, calibration_batches, make_rows
@@ -109,14 +110,19 @@ def _cut(bench: Bench, stage: int, name: str) -> None:
         shape, trie = bench.run.plan.stages[stage], bench.run.teacher.trie
         model: PreTrainedModel
         told: StageReport
-        if stage == 0:
-            model, told = prune_width(bench.teacher, shape, bench.batches, trie, seed=bench.run.seed)
-        else:
+        before = bench.teacher
+        if stage:
             before = load_step_model(bench.work, step_names()[stage - 1]).to(bench.run.device)
-            if stage == 1:
-                model, told = prune_mlp(before, shape, bench.batches, trie, seed=bench.run.seed)
-            else:
-                model, told = prune_depth(before, shape, bench.batches, trie)
+        if bench.run.layout == "per-layer":
+            model, told = prune_per_layer(
+                STAGES[stage], before, bench.run.plan, bench.batches, trie, seed=bench.run.seed
+            )
+        elif stage == 0:
+            model, told = prune_width(before, shape, bench.batches, trie, seed=bench.run.seed)
+        elif stage == 1:
+            model, told = prune_mlp(before, shape, bench.batches, trie, seed=bench.run.seed)
+        else:
+            model, told = prune_depth(before, shape, bench.batches, trie)
         return {"metrics": bench.yardstick.measure(model), "surgery": told.to_json()}, model
 
     _step(bench, f"{name}-cut", make)

@@ -39,7 +39,7 @@ class Shape:
 
     @staticmethod
     def of(config: "PretrainedConfig") -> "Shape":
-        """Return the shape of a transformers config of a supported family; where layers differ, the largest."""
+        """Return the shape of a supported family's config; where layers differ, that of the largest."""
         if config.model_type == MODEL_TYPE:
             return Shape(**PerLayerShape.of(config.to_dict()).largest())
         from optimum.utils import NormalizedConfigManager
@@ -225,7 +225,7 @@ def check_supported(
     supported = ", ".join(ARCHITECTURES.values())
     if config.model_type == MODEL_TYPE and not per_layer:
         raise LeanRecError(
-            f"{source}: its layers differ ({ARCHITECTURE}), it is a pruned model; use the one it was made from"
+            f"{source}: {ARCHITECTURE} is a model pruned already; use the one it was made from"
         )
     known = (ARCHITECTURES | {MODEL_TYPE: ARCHITECTURE}).get(config.model_type)
     declared = list(getattr(config, "architectures", None) or [known])

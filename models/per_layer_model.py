@@ -53,7 +53,9 @@ class LeanRecConfig(LlamaConfig):
             return
         other = self.per_layer_attributes - set(VARYING)
         if other:
-            raise ValueError(f"per_layer_config: {', '.join(sorted(other))} cannot differ from layer to layer")
+            raise ValueError(
+                f"per_layer_config: {', '.join(sorted(other))} cannot differ from layer to layer"
+            )
         for index, layer in enumerate(self.per_layer_config):
             unknown = set(layer.skip) - {"attention", "mlp"}
             if unknown:
@@ -115,7 +117,10 @@ class LeanRecDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         layer = config.per_layer_config[index]
         skipped = getattr(layer, "skip", ())
-        self.self_attn = self.input_layernorm = self.mlp = self.post_attention_layernorm = None
+        self.self_attn: Any = None
+        self.input_layernorm: Any = None
+        self.mlp: Any = None
+        self.post_attention_layernorm: Any = None
         if "attention" not in skipped:
             self.self_attn = _attention(config, layer, cache_index)
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -154,7 +159,10 @@ class LeanRecModel(LeanRecPreTrainedModel, LlamaModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         layers = list(config.per_layer_config)
-        before = [sum("attention" not in getattr(other, "skip", ()) for other in layers[:n]) for n in range(len(layers))]
+        before = [
+            sum("attention" not in getattr(other, "skip", ()) for other in layers[:n])
+            for n in range(len(layers))
+        ]
         self.layers = nn.ModuleList(LeanRecDecoderLayer(config, n, before[n]) for n in range(len(layers)))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         # Some rope types ask for the number of heads even where the head size is given: any layer's will do.

@@ -146,7 +146,7 @@ class PagedForward:
         slots: np.ndarray,
         positions: torch.Tensor,
     ) -> list[Any]:
-        """Return vLLM's attention metadata, one a group, for queries of `lengths` tokens ending at `totals`."""
+        """Return vLLM's attention metadata by group, for queries of `lengths` tokens that end at `totals`."""
         boundaries = torch.from_numpy(
             np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         )

@@ -25,7 +25,10 @@ class LeanRecDecoderLayer(nn.Module):
         config: LeanRecConfig = vllm_config.model_config.hf_config
         layer = config.per_layer_config[extract_layer_index(prefix)]
         skipped = getattr(layer, "skip", ())
-        self.self_attn = self.input_layernorm = self.mlp = self.post_attention_layernorm = None
+        self.self_attn: Any = None
+        self.input_layernorm: Any = None
+        self.mlp: Any = None
+        self.post_attention_layernorm: Any = None
         if "attention" not in skipped:
             self.self_attn = _attention(vllm_config, layer, f"{prefix}.self_attn")
             self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

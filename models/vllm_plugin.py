@@ -1,4 +1,4 @@
-"""LeanRec's plugin for vLLM: checkpoints whose layers differ load in stock vLLM wherever LeanRec is installed.
+"""LeanRec's plugin for vLLM: checkpoints whose layers differ load wherever LeanRec is installed.
 
 vLLM finds it by the entry point `leanrec` of the group `vllm.general_plugins` and calls it in each of its
 processes, in some more than once.

@@ -34,11 +34,10 @@ class PackedProducts:
         tensors: Reads a tensor of the checkpoint by name.
         """
 
-        def read(*names: str) -> Any:
-            """Return the packed matrix and the bias or None; nothing where the layer lacks this half."""
+        def read(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
             found = [tensors(f"model.layers.{layer}.{name}.weight") for name in names]
-            if found[0] is None:
-                return ()
+            if found[0] is None:  # the layer lacks this half, and nobody will ask for it
+                return torch.empty(0), None
             matrix = torch.cat([weight for weight in found if weight is not None]).to(dtype)
             biases = [
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None

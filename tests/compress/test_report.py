@@ -1,6 +1,7 @@
 """Reports: the stable keys, and pages that stand alone, stay well-formed and hold the numbers."""
 
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from compress.achieved import Achieved
 from compress.card import render_card
 from compress.page import render_page
 from compress.plan import make_plan
@@ -57,6 +59,7 @@ def evidence():
     none = {"importances": {}, "kept": {}, "dropped_layers": []}
     return Evidence(
         plan=PLAN,
+        achieved=Achieved(PLAN.counts, asdict(PLAN.final)),
         weights=(Weights(PLAN.counts[0], 4000), Weights(PLAN.counts[-1], 800)),
         read_seconds=11.0,
         full={"seconds": 5.0, "metrics": measured(4.0)},
