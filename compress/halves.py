@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.rebuild import rebuild
-from models.families import Traits, count_parameters
+from models.families import Shape, Traits, count_parameters
 from models.per_layer import LayerShape, PerLayerShape
 from models.per_layer_model import per_layer_config
 
@@ -81,7 +81,7 @@ def assemble(model: PreTrainedModel, tensors: Mapping[str, Tensor], kept: Sequen
         model: whose config and generation config the result takes over.
         tensors: of all layers, by the model's names.
     """
-    head_dim = model.config.head_dim or model.model.layers[0].self_attn.head_dim
+    head_dim = Shape.of(model.config).head_dim
     state = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     layers: list[LayerShape] = []
     for half in sorted(kept):
