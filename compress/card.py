@@ -75,7 +75,7 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
         "",
         f"    serve --model {name}",
         "",
-        "It also loads with `AutoModelForCausalLM.from_pretrained` and in unmodified vLLM. Greedy tokens of "
+        f"{_loading(report)} Greedy tokens of "
         f"both were {'equal' if checked['greedy_equal'] else 'NOT equal'} on {checked['prompts']} prompts "
         f"(largest log-probability difference {checked['max_abs_logprob_diff']:.1e}).",
         "",
@@ -86,6 +86,15 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
         "",
     ]
     return "\n".join(lines)
+
+
+def _loading(report: dict[str, Any]) -> str:
+    if "layers" in report["shape"]["pruned"]:
+        return (
+            "Its layers differ. Where leanrec is installed, unmodified vLLM loads it, and "
+            "`AutoModelForCausalLM.from_pretrained` does after `import models.per_layer_model`."
+        )
+    return "It also loads with `AutoModelForCausalLM.from_pretrained` and in unmodified vLLM."
 
 
 def _quantization(report: dict[str, Any]) -> list[str]:

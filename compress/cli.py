@@ -48,6 +48,13 @@ def parser() -> argparse.ArgumentParser:
         "stay the same (default: keep)",
     )
     command.add_argument(
+        "--layout",
+        choices=["uniform", "per-layer"],
+        default="uniform",
+        help="per-layer: within the same budget each layer keeps the heads and neurons it needs, or no "
+        "attention or MLP at all; loads where leanrec is installed (default: uniform)",
+    )
+    command.add_argument(
         "--quantize",
         choices=["none", "w8a8"],
         default="none",
@@ -84,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
             out=arguments.out,
             recipe=arguments.recipe,
             vocab=arguments.vocab,
+            layout=arguments.layout,
             quantize=arguments.quantize,
             restore_tokens=arguments.restore_tokens,
             seed=arguments.seed,

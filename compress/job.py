@@ -22,6 +22,8 @@ class Job:
     recipe: str = "leanrec"
     vocab: str = "keep"
     """`keep`, or `catalog`: only the tokens that titles and training histories use"""
+    layout: str = "uniform"
+    """`uniform`, or `per-layer`: heads and MLP widths differ from layer to layer"""
     quantize: str = "none"
     """`none`, or `w8a8`"""
     restore_tokens: int | None = None
@@ -46,6 +48,7 @@ class Run:
     recipe: Recipe
     tokens: int
     """of restoration, all stages together"""
+    layout: str
     quantize: str
     seed: int
     device: str

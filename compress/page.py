@@ -3,6 +3,7 @@
 from html import escape
 from typing import Any
 
+from compress.layer_table import HEAD, layer_rows
 from compress.plots import Bar, Line, bar_chart, heat_map, line_chart
 from compress.report import Evidence, stage_names
 
@@ -76,6 +77,7 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
         _importance_figures(evidence),
         "<h2>Shape</h2>",
         _shape_table(report),
+        *_layers(report),
         "<h2>Verification</h2>",
         _verification(report),
         "<h2>How it was made</h2>",
@@ -220,6 +222,13 @@ def _shape_table(report: dict[str, Any]) -> str:
         for key in ("non_embedding", "embedding", "total", "bytes")
     ]
     return _table(["", "full", "pruned"], rows)
+
+
+def _layers(report: dict[str, Any]) -> list[str]:
+    """Return the pruned model's layers where they differ."""
+    rows = layer_rows(report)
+    note = "<p class=\"note\">Above are the largest layer's sizes; these are each one's.</p>"
+    return [note, _table(HEAD, rows)] if rows else []
 
 
 def _quantization(report: dict[str, Any]) -> list[str]:

@@ -40,7 +40,7 @@ def compress(job: Job) -> Path | None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     run = prepare(job, _full_model(job, processes), device)
     if processes.is_main_process:
-        print(run.plan.describe() + "\n\n" + _cost(run), flush=True)
+        print("\n\n".join([run.plan.describe(), *_layout(run), _cost(run)]), flush=True)
     if job.plan_only:
         return None
     check_vllm_installed()
@@ -107,6 +107,8 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     full = read_recommender(directory)
     check_supported(full.config, str(directory))
     recipe = RECIPES[job.recipe]
+    if job.layout == "per-layer" and job.recipe != "leanrec":
+        raise UsageError(f"--layout per-layer: goes with --recipe leanrec, not {job.recipe}")
     plan = make_plan(
         full.config, job.target, cuts=tuple(stage.cuts for stage in recipe.stages), shape=recipe.shape
     )
@@ -125,6 +127,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         "seed": job.seed,
         # The default is left out: results made before there was a choice stay what they are.
         **({"vocab": job.vocab} if trimmed else {}),
+        **({"layout": job.layout} if job.layout != "uniform" else {}),
         **({"quantize": job.quantize} if job.quantize != "none" else {}),
     }
     return Run(
@@ -134,6 +137,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         plan=plan,
         recipe=recipe,
         tokens=tokens,
+        layout=job.layout,
         quantize=job.quantize,
         seed=job.seed,
         device=device,
@@ -146,6 +150,16 @@ def _title_tokens(full: Recommender, data: Dataset) -> int:
     """Return the title tokens of all training interactions."""
     lengths = torch.tensor([len(tokens) for tokens in full.prompter.title_tokens])
     return int(lengths[torch.from_numpy(data.train.items).long()].sum())
+
+
+def _layout(run: Run) -> list[str]:
+    """Return in words what the plan's table does not say where layers will differ."""
+    if run.layout == "uniform":
+        return []
+    return [
+        "layout per-layer: hidden size and budget are these; heads, KV heads and MLP widths are a layer's on "
+        "average, and each gets its own by score. Stored as LeanRecForCausalLM"
+    ]
 
 
 def _cost(run: Run) -> str:

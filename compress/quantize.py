@@ -38,7 +38,7 @@ def quantize_recommender(recommender: Recommender, out: Path) -> None:
             `out` is there already.
     """
     source = recommender.directory
-    check_supported(recommender.config, str(source))
+    check_supported(recommender.config, str(source), per_layer=True)
     with new_directory(out) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
         files: dict[str, str] = {}

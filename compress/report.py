@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compress.achieved import Achieved
 from compress.plan import Plan
 from compress.verify import Parity, Weights
 from models.families import ParameterCounts
@@ -27,6 +28,7 @@ class Evidence:
     """What the steps of a compression found."""
 
     plan: Plan
+    achieved: Achieved
     weights: tuple[Weights, Weights]
     """of the full and the pruned checkpoint, from their headers"""
     read_seconds: float
@@ -59,7 +61,7 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
             "curve": restored["curve"],
         }
         for name, cut, restored, counts in zip(
-            stage_names(plan), evidence.cuts, evidence.restored, plan.counts[1:], strict=True
+            stage_names(plan), evidence.cuts, evidence.restored, evidence.achieved.counts[1:], strict=True
         )
     ]
     seconds = {
@@ -75,7 +77,7 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         "kept_non_embedding": pruned["non_embedding"] / full["non_embedding"],
         "shape": {
             "full": {**asdict(plan.full), "vocab_size": plan.full_vocab_size},
-            "pruned": {**asdict(plan.final), "vocab_size": plan.traits.vocab_size},
+            "pruned": {**evidence.achieved.final, "vocab_size": plan.traits.vocab_size},
         },
         "stages": stages,
         "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},

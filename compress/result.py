@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.achieved import achieved
 from compress.card import render_card
 from compress.job import Run
 from compress.measure import Yardstick
@@ -75,16 +76,18 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     begun = time.monotonic()
     if not candidate.exists():
         _write_candidate(run, work, candidate)
-    weights = check_parameters(candidate, run.plan.counts[-1])
+    reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
+    weights = check_parameters(candidate, reached.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32)
     tests, compared = _tested(run, work, candidate)
     quantized = None
     if run.quantize != "none":
         candidate, quantized = _quantized(run, work, candidate, weights.bytes)
-        weights = check_parameters(candidate, run.plan.counts[-1])
+        weights = check_parameters(candidate, reached.counts[-1])
     seconds = time.monotonic() - begun
     evidence = Evidence(
         plan=run.plan,
+        achieved=reached,
         weights=(read_weights(run.full.directory), weights),
         read_seconds=(finished(shared, "read") or {})["seconds"],
         full=finished(shared, "full") or {},

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
 from compress.measure import Yardstick
+from compress.per_layer import prune_per_layer
 from compress.plan import Plan, shape_after
 from compress.prune import prune_depth, prune_mlp, prune_width
 from compress.rebuild import random_model
@@ -120,7 +121,7 @@ def _cut(bench: Bench, stage: int, name: str) -> None:
         for cut in cuts:
             before = Shape.of(model.config)
             shape = shape_after(cut, before, run.plan.stages[stage])
-            if shape != before:
+            if shape != before or run.layout == "per-layer":
                 model, report = _pruned(bench, cut, model, shape)
                 told.append(report)
         if not cuts:
@@ -137,6 +138,8 @@ def _pruned(
     bench: Bench, cut: str, model: PreTrainedModel, shape: Shape
 ) -> tuple[PreTrainedModel, StageReport]:
     recipe, batches, trie, seed = bench.run.recipe, bench.batches, bench.run.teacher.trie, bench.run.seed
+    if bench.run.layout == "per-layer":
+        return prune_per_layer(cut, model, bench.run.plan, batches, trie, seed=seed)
     if cut == "width":
         return prune_width(model, shape, batches, trie, seed=seed, method=recipe.method)
     if cut == "mlp":

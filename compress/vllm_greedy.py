@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from models import vllm_plugin
+
 KV_CACHE_BYTES = 256 * 2**20
 
 
@@ -17,7 +19,7 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
     """Return for each prompt the greedy tokens and their log-probabilities over the whole vocabulary."""
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ["VLLM_PLUGINS"] = ""
+    os.environ["VLLM_PLUGINS"] = vllm_plugin.NAME
     from vllm import LLM, SamplingParams
 
     engine = LLM(

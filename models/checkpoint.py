@@ -77,6 +77,8 @@ def read_recommender(directory: Path | str) -> Recommender:
     # After the checks above: a wrong path is told at once.
     from transformers import AutoConfig, AutoTokenizer
 
+    import models.per_layer_model  # noqa: F401 - the Auto classes know our own architecture from then on
+
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad config.json

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.errors import LeanRecError
+from models.per_layer import ARCHITECTURE, MODEL_TYPE, PerLayerShape
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -38,7 +39,9 @@ class Shape:
 
     @staticmethod
     def of(config: "PretrainedConfig") -> "Shape":
-        """Return the shape of a transformers config of a supported family."""
+        """Return the shape of a supported family's config; where layers differ, that of the largest."""
+        if config.model_type == MODEL_TYPE:
+            return Shape(**PerLayerShape.of(config.to_dict()).largest())
         from optimum.utils import NormalizedConfigManager
 
         normal = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
@@ -84,10 +87,10 @@ class Traits:
             model_type=model_type,
             vocab_size=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
-            qkv_bias=attention_bias or model_type == "qwen2",
-            output_bias=attention_bias,
+            qkv_bias=attention_bias or model_type == "qwen2" or bool(getattr(config, "qkv_bias", False)),
+            output_bias=attention_bias or bool(getattr(config, "output_bias", False)),
             mlp_bias=bool(getattr(config, "mlp_bias", False)),
-            query_key_norm=model_type == "qwen3",
+            query_key_norm=model_type == "qwen3" or bool(getattr(config, "query_key_norm", False)),
         )
 
     def heads_must_divide_hidden(self) -> bool:
@@ -125,28 +128,55 @@ class ParameterCounts:
         return self.embedding + self.head + self.non_embedding
 
 
-def count_parameters(shape: Shape, traits: Traits) -> ParameterCounts:
+def count_parameters(shape: Shape | PerLayerShape, traits: Traits) -> ParameterCounts:
     """Return the exact counts of a model of this shape, without making it."""
-    d, width = shape.hidden_size, shape.attention_width
-    kv_width = shape.num_kv_heads * shape.head_dim
-    attention = 2 * d * width + 2 * d * kv_width
-    attention += (width + 2 * kv_width) * traits.qkv_bias
-    attention += d * (traits.output_bias or traits.writes_llama(shape))
-    mlp = 3 * d * shape.intermediate_size + (2 * shape.intermediate_size + d) * traits.mlp_bias
-    norm = 2 * d + 2 * shape.head_dim * traits.query_key_norm
+    d = shape.hidden_size
+    query_key_norms = 2 * shape.head_dim * traits.query_key_norm
+    if isinstance(shape, PerLayerShape):
+        with_attention = [layer for layer in shape.layers if layer.num_heads]
+        with_mlp = [layer for layer in shape.layers if layer.intermediate_size]
+        attention = sum(
+            _attention_count(d, shape.head_dim, layer.num_heads, layer.num_kv_heads, traits)
+            for layer in with_attention
+        )
+        mlp = sum(_mlp_count(d, layer.intermediate_size, traits) for layer in with_mlp)
+        norm = len(with_attention) * (d + query_key_norms) + len(with_mlp) * d
+    else:
+        attention = _attention_count(d, shape.head_dim, shape.num_heads, shape.num_kv_heads, traits)
+        # Qwen2 has no output bias, and gets one where it is stored as a Llama.
+        attention += d * (traits.writes_llama(shape) and not traits.output_bias)
+        attention *= shape.num_layers
+        mlp = shape.num_layers * _mlp_count(d, shape.intermediate_size, traits)
+        norm = shape.num_layers * (2 * d + query_key_norms)
     vocabulary = traits.vocab_size * d
     return ParameterCounts(
         embedding=vocabulary,
         head=0 if traits.tied else vocabulary,
-        attention=shape.num_layers * attention,
-        mlp=shape.num_layers * mlp,
-        norm=shape.num_layers * norm + d,
+        attention=attention,
+        mlp=mlp,
+        norm=norm + d,
     )
+
+
+def _attention_count(d: int, head_dim: int, heads: int, kv_heads: int, traits: Traits) -> int:
+    width, kv_width = heads * head_dim, kv_heads * head_dim
+    return 2 * d * (width + kv_width) + (width + 2 * kv_width) * traits.qkv_bias + d * traits.output_bias
+
+
+def _mlp_count(d: int, width: int, traits: Traits) -> int:
+    return 3 * d * width + (2 * width + d) * traits.mlp_bias
+
+
+def config_parameters(config: "PretrainedConfig") -> ParameterCounts:
+    """Return the exact counts of a config's model."""
+    if config.model_type == MODEL_TYPE:
+        return count_parameters(PerLayerShape.of(config.to_dict()), Traits.of(config))
+    return count_parameters(Shape.of(config), Traits.of(config))
 
 
 def non_embedding_parameters(config: "PretrainedConfig") -> int:
     """Return the parameters of a config's model, embedding and head left out."""
-    return count_parameters(Shape.of(config), Traits.of(config)).non_embedding
+    return config_parameters(config).non_embedding
 
 
 def count_tensors(shapes: Mapping[str, Sequence[int]]) -> ParameterCounts:
@@ -179,18 +209,25 @@ def _part_of(tensor: str) -> str:
     raise LeanRecError(f"weights: tensor {tensor!r} belongs to none of {', '.join(ARCHITECTURES.values())}")
 
 
-def check_supported(config: "PretrainedConfig", source: str, *, served: bool = False) -> None:
+def check_supported(
+    config: "PretrainedConfig", source: str, *, served: bool = False, per_layer: bool = False
+) -> None:
     """Refuse a config whose model LeanRec cannot prune and serve exactly.
 
     Args:
         source: the checkpoint, for the message.
         served: It is to be served, not changed: int8 weights, as `compress --quantize` writes them, will do.
+        per_layer: Layers that differ, as `compress --layout per-layer` makes them, will do.
 
     Raises:
         LeanRecError: names the architecture or setting, and what is supported.
     """
     supported = ", ".join(ARCHITECTURES.values())
-    known = ARCHITECTURES.get(config.model_type)
+    if config.model_type == MODEL_TYPE and not per_layer:
+        raise LeanRecError(
+            f"{source}: {ARCHITECTURE} is a model pruned already; use the one it was made from"
+        )
+    known = (ARCHITECTURES | {MODEL_TYPE: ARCHITECTURE}).get(config.model_type)
     declared = list(getattr(config, "architectures", None) or [known])
     name = declared[0] or config.model_type
     if known is None or declared != [known]:
@@ -219,7 +256,7 @@ def check_supported(config: "PretrainedConfig", source: str, *, served: bool = F
     if "sliding_attention" in (getattr(config, "layer_types", None) or []):
         refuse("sliding attention layers", "use a checkpoint with full attention only")
     shape, traits = Shape.of(config), Traits.of(config)
-    if shape.num_heads % shape.num_kv_heads:
+    if shape.num_heads % shape.num_kv_heads and config.model_type != MODEL_TYPE:
         refuse(
             f"{shape.num_heads} heads over {shape.num_kv_heads} KV heads",
             "num_attention_heads must be a multiple of num_key_value_heads",

@@ -66,8 +66,9 @@ class CpuAttention:
         query, key = joined[:, :split], joined[:, split : split + self.kv_heads * size]
         value = joined[:, split + self.kv_heads * size :]
         if self._head_norms is not None:
+            # Of a single head `reshape` returns a view with gaps, which the kernel does not see.
             query, key = (
-                norm(flat := part.reshape(-1, size), torch.empty_like(flat)).view(part.shape)
+                norm(flat := part.reshape(-1, size).contiguous(), torch.empty_like(flat)).view(part.shape)
                 for norm, part in zip(self._head_norms, (query, key), strict=True)
             )
         self._rotate(positions, query, key, size, self._angles, self._is_neox)

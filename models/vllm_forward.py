@@ -47,18 +47,25 @@ def obstacle(model_runner: Any) -> str | None:
         return f"the model runner has no {', '.join(missing)}"
     if (size := model_runner.vllm_config.parallel_config.world_size) != 1:
         return f"the model is spread over {size} devices"
-    groups = [group for groups in model_runner.attn_groups for group in groups]
-    if len(model_runner.kv_cache_config.kv_cache_groups) != 1 or len(groups) != 1:
-        return f"the layers need {len(groups)} KV cache groups"
-    group, spec = groups[0], groups[0].kv_cache_spec
+    if (count := len(model_runner.kv_cache_config.kv_cache_groups)) != 1:
+        return f"the layers need {count} KV cache groups"
     num_blocks = model_runner.kv_cache_config.num_blocks
     caches = layer_caches(model_runner).values()
     reasons = {
-        f"the attention is {type(spec).__name__}": type(spec) is not FullAttentionSpec,
-        "the attention is windowed": (spec.sliding_window or spec.attention_chunk_size) is not None,
-        "the attention kernel splits the KV blocks": group.kernel_block_size is not None,
-        "the KV cache is not laid out block by block": any(cache.shape[0] != num_blocks for cache in caches),
+        "the KV cache is not laid out block by block": any(cache.shape[0] != num_blocks for cache in caches)
     }
+    for group in model_runner.attn_groups[0]:
+        spec = group.kv_cache_spec
+        reasons |= {
+            f"the attention is {type(spec).__name__}": type(spec) is not FullAttentionSpec,
+            "the attention is windowed": (
+                getattr(spec, "sliding_window", None) or getattr(spec, "attention_chunk_size", None)
+            )
+            is not None,
+            "the attention kernel splits the KV blocks": group.kernel_block_size is not None,
+        }
+        if any(reasons.values()):
+            break
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
@@ -73,10 +80,11 @@ class PagedForward:
         self._common_metadata = CommonAttentionMetadata
         self._config = model_runner.vllm_config
         self._model = model_runner.model
-        self._group = model_runner.attn_groups[0][0]
+        # Layers with other numbers of heads are groups of their own, on the same blocks.
+        self._groups = model_runner.attn_groups[0]
         self._caches = list({c.data_ptr(): c for c in layer_caches(model_runner).values()}.values())
         self.device = model_runner.device
-        self.block_size: int = self._group.kv_cache_spec.block_size
+        self.block_size: int = self._groups[0].kv_cache_spec.block_size
         self.num_blocks: int = self._caches[0].shape[0]
         self.max_length: int = self._config.model_config.max_model_len
         self.max_tokens = max_tokens
@@ -105,12 +113,16 @@ class PagedForward:
             slots, table = layout.slots[layout.wanted], layout.table[owners]
             lone = self._metadata(ones, ends, table, slots, positions[rows]) if len(ends) else None
             return self.fused(tokens, positions, metadata, rows, lone)
-        layers = self._group.layer_names
+        by_layer = {
+            name: of_group
+            for group, of_group in zip(self._groups, metadata, strict=True)
+            for name in group.layer_names
+        }
         with self._set_forward_context(
-            dict.fromkeys(layers, metadata),
+            by_layer,
             self._config,
             num_tokens=len(layout.tokens),
-            slot_mapping=dict.fromkeys(layers, metadata.slot_mapping),
+            slot_mapping=dict.fromkeys(by_layer, metadata[0].slot_mapping),
         ):
             hidden = self._model(
                 input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
@@ -133,28 +145,27 @@ class PagedForward:
         table: np.ndarray,
         slots: np.ndarray,
         positions: torch.Tensor,
-    ) -> Any:
-        """Return vLLM's attention metadata for queries of `lengths` tokens that end at `totals`."""
+    ) -> list[Any]:
+        """Return vLLM's attention metadata by group, for queries of `lengths` tokens that end at `totals`."""
         boundaries = torch.from_numpy(
             np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
         )
         ends = torch.from_numpy(totals)
-        return self._group.build_metadata(
-            self._common_metadata(
-                query_start_loc=boundaries.to(self.device),
-                query_start_loc_cpu=boundaries,
-                seq_lens=ends.to(self.device),
-                seq_lens_cpu_upper_bound=ends,
-                num_reqs=len(lengths),
-                num_actual_tokens=len(slots),
-                max_query_len=int(lengths.max()),
-                max_seq_len=int(totals.max()),
-                block_table_tensor=self._tensor(table),
-                slot_mapping=self._tensor(slots),
-                positions=positions,
-                causal=True,
-            )
+        common = self._common_metadata(
+            query_start_loc=boundaries.to(self.device),
+            query_start_loc_cpu=boundaries,
+            seq_lens=ends.to(self.device),
+            seq_lens_cpu_upper_bound=ends,
+            num_reqs=len(lengths),
+            num_actual_tokens=len(slots),
+            max_query_len=int(lengths.max()),
+            max_seq_len=int(totals.max()),
+            block_table_tensor=self._tensor(table),
+            slot_mapping=self._tensor(slots),
+            positions=positions,
+            causal=True,
         )
+        return [group.build_metadata(common) for group in self._groups]
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

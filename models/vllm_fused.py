@@ -3,12 +3,12 @@
 Three things make it faster than vLLM's own layers. Activation, gate and residual ride on the matrix
 products. Matrix shapes are rounded up, so that few kernels are ever generated:
 a new row count costs about a millisecond, and a trie search asks for a new one at every step. And the last
-layer computes queries, output and MLP only for the rows whose hidden state is wanted: of a prompt, one.
+attention and what follows compute only the rows whose hidden state is wanted: of a prompt, one.
 
 Every row's result is independent of the rows beside it, to the bit, so answers do not depend on the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,14 @@ MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer."""
+    """One layer; a half it lacks has no norm."""
 
-    attention: CpuAttention
+    attention: CpuAttention | None
+    group: int
+    """Of the attention metadata"""
     products: Products
-    input_norm: Norm
-    mlp_norm: Norm
+    input_norm: Norm | None
+    mlp_norm: Norm | None
 
 
 def obstacle(model_runner: Any) -> str | None:
@@ -53,6 +55,7 @@ def obstacle(model_runner: Any) -> str | None:
         "the attention has sinks or slopes": any(
             getattr(layer.self_attn.attn.impl, name, None) is not None
             for layer in getattr(body, "layers", ())
+            if layer.self_attn is not None
             for name in ("sinks", "alibi_slopes")
         ),
     }
@@ -77,15 +80,22 @@ class FusedModel:
         self._norm = Norm(body.norm)
         self._packed = model_runner.vllm_config.quant_config is None
         dtype = self._embedding.dtype
+        groups = {
+            name: n for n, group in enumerate(model_runner.attn_groups[0]) for name in group.layer_names
+        }
         self._layers = [
             _Layer(
-                attention=CpuAttention(layer.self_attn),
+                attention=None if layer.self_attn is None else CpuAttention(layer.self_attn),
+                group=0 if layer.self_attn is None else groups[layer.self_attn.attn.layer_name],
                 products=PackedProducts(index, tensors, dtype) if self._packed else Int8Products(layer),
-                input_norm=Norm(layer.input_layernorm),
-                mlp_norm=Norm(layer.post_attention_layernorm),
+                input_norm=None if layer.self_attn is None else Norm(layer.input_layernorm),
+                mlp_norm=None if layer.mlp is None else Norm(layer.post_attention_layernorm),
             )
             for index, layer in enumerate(body.layers)
         ]
+        attentions = [layer.attention for layer in self._layers if layer.attention is not None]
+        self._attended_width = max(attention.heads * attention.size for attention in attentions)
+        self._last_attention = max(n for n, layer in enumerate(self._layers) if layer.attention is not None)
 
     def take_over(self, model_runner: Any) -> None:
         """Release vLLM's own copy of packed weights: its layers cannot run any more."""
@@ -97,16 +107,16 @@ class FusedModel:
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        metadata: Any,
+        metadata: Sequence[Any],
         wanted: torch.Tensor,
-        wanted_metadata: Any,
+        wanted_metadata: Sequence[Any] | None,
     ) -> torch.Tensor:
         """Write the tokens' KV and return the wanted rows' hidden states, `[wanted, hidden]`.
 
         Args:
             tokens: int32 `[rows]`.
             positions: int64 `[rows]`.
-            metadata: vLLM's attention metadata of the rows.
+            metadata: vLLM's attention metadata of the rows, one a group.
             wanted: int64 `[wanted]`: rows whose hidden state is asked for.
             wanted_metadata: Attention metadata in which each wanted row is a query of its own; None if
                 none is wanted.
@@ -114,34 +124,30 @@ class FusedModel:
         count = len(tokens)
         residual = F.embedding(F.pad(tokens, (0, padded_rows(count) - count)), self._embedding)
         hidden = torch.empty_like(residual)
-        attended = _attended(self._layers[0].attention, residual)
-        slots = metadata.slot_mapping
-        for layer in self._layers[:-1]:
-            joined = layer.products.qkv(layer.input_norm(residual, hidden))
-            query = layer.attention.write(joined[:count], positions, slots)
-            layer.attention.attend(query, metadata, attended[:count])
-            residual = _finished(layer, attended, residual, hidden)
-        last = self._layers[-1]
-        joined = last.products.qkv(last.input_norm(residual, hidden))
-        query = last.attention.write(joined[:count], positions, slots)
-        chosen = len(wanted)
-        if not chosen:
-            return residual[:0]
-        residual = residual[F.pad(wanted, (0, padded_rows(chosen) - chosen))]
-        hidden, attended = torch.empty_like(residual), _attended(last.attention, residual)
-        last.attention.attend(query[wanted], wanted_metadata, attended[:chosen])
-        residual = _finished(last, attended, residual, hidden)
-        return self._norm(residual, hidden)[:chosen]
+        room = self._room(residual)
+        for n, layer in enumerate(self._layers):
+            if layer.attention is not None and layer.input_norm is not None:
+                joined = layer.products.qkv(layer.input_norm(residual, hidden))
+                query = layer.attention.write(joined[:count], positions, metadata[0].slot_mapping)
+                if n == self._last_attention:
+                    # From here on only the wanted rows: no later one is attended to.
+                    if wanted_metadata is None:
+                        return residual[:0]
+                    count, metadata, query = len(wanted), wanted_metadata, query[wanted]
+                    residual = residual[F.pad(wanted, (0, padded_rows(count) - count))]
+                    hidden, room = torch.empty_like(residual), self._room(residual)
+                attended = _attended(room, layer.attention, len(residual))
+                layer.attention.attend(query, metadata[layer.group], attended[:count])
+                residual = layer.products.add_output(attended.flatten(1), residual)
+            if layer.mlp_norm is not None:
+                residual = layer.products.add_mlp(layer.mlp_norm(residual, hidden), residual)
+        return self._norm(residual, hidden)[:count]
+
+    def _room(self, rows: torch.Tensor) -> torch.Tensor:
+        # Zeros: what is padded goes through the products as well.
+        return rows.new_zeros(len(rows) * self._attended_width)
 
 
-def _attended(attention: CpuAttention, rows: torch.Tensor) -> torch.Tensor:
-    # Zeros: what is padded goes through the products as well.
-    return rows.new_zeros(len(rows), attention.heads, attention.size)
-
-
-def _finished(
-    layer: _Layer, attended: torch.Tensor, residual: torch.Tensor, hidden: torch.Tensor
-) -> torch.Tensor:
-    """Return the residual stream after the layer; `hidden` is written over."""
-    residual = layer.products.add_output(attended.flatten(1), residual)
-    return layer.products.add_mlp(layer.mlp_norm(residual, hidden), residual)
+def _attended(room: torch.Tensor, attention: CpuAttention, rows: int) -> torch.Tensor:
+    """Return the part of `room` that one attention writes, `[rows, heads, head size]`."""
+    return room[: rows * attention.heads * attention.size].view(rows, attention.heads, attention.size)

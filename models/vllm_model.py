@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 
+from models import vllm_plugin
 from models.checkpoint import Recommender, read_safetensors_header
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError
 
-# Separate processes would each import vLLM again; its plugins and telemetry are not asked for.
+# Separate processes would each import vLLM again; other plugins and telemetry are not asked for.
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
-    "VLLM_PLUGINS": "",
+    "VLLM_PLUGINS": vllm_plugin.NAME,
     "VLLM_NO_USAGE_STATS": "1",
 }
 _DEFAULT_ENVIRONMENT = {

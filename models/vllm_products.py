@@ -36,6 +36,8 @@ class PackedProducts:
 
         def read(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
             found = [tensors(f"model.layers.{layer}.{name}.weight") for name in names]
+            if found[0] is None:  # the layer lacks this half, and nobody will ask for it
+                return torch.empty(0), None
             matrix = torch.cat([weight for weight in found if weight is not None]).to(dtype)
             biases = [
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None
@@ -91,7 +93,8 @@ class Int8Products:
 def linears(layer: Any) -> list[Any]:
     """Return the modules of a vLLM decoder layer that hold its matrices."""
     attention, mlp = layer.self_attn, layer.mlp
-    return [attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj]
+    found = [] if attention is None else [attention.qkv_proj, attention.o_proj]
+    return found + ([] if mlp is None else [mlp.gate_up_proj, mlp.down_proj])
 
 
 def is_w8a8(layer: Any) -> bool:

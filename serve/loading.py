@@ -46,7 +46,7 @@ def _everything_stays() -> Iterator[None]:
 
 def _load(directory: Path, vllm_arguments: Sequence[str]) -> Loaded:
     recommender = read_recommender(directory)
-    check_supported(recommender.config, str(directory), served=True)
+    check_supported(recommender.config, str(directory), served=True, per_layer=True)
     golden = GoldenSource(directory)
     # Slow to import, and not needed where the directory is not sound.
     from models.vllm_engine import open_engine

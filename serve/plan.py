@@ -14,6 +14,7 @@ from models.checkpoint import check_weights, read_description, read_safetensors_
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError, UsageError
 from models.index import INDEX
+from models.per_layer import MODEL_TYPE, PerLayerShape
 from serve.devices import is_cpu_build
 
 BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
@@ -111,7 +112,9 @@ def plan_memory(
         heads, layers, hidden = (
             int(config[name]) for name in ("num_attention_heads", "num_hidden_layers", "hidden_size")
         )
-        kv_heads = int(config.get("num_key_value_heads") or heads)
+        kv_heads = layers * int(config.get("num_key_value_heads") or heads)
+        if config.get("model_type") == MODEL_TYPE:
+            kv_heads = PerLayerShape.of(config).kv_heads
         head_dim = int(config.get("head_dim") or hidden // heads)
         vocabulary = int(config["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,7 +135,7 @@ def plan_memory(
     history = float(mean_tokens * int(described["prompt"].get("max_history", 20)))
     if options.max_model_len:
         history = min(history, options.max_model_len)
-    token_bytes = 2 * layers * kv_heads * head_dim * BYTES[options.dtype]
+    token_bytes = 2 * kv_heads * head_dim * BYTES[options.dtype]
     return MemoryPlan(
         weights=_weights(directory, options.dtype) + 4 * hidden * min(vocabulary, edges),
         kv_cache=kv_bytes,

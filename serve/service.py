@@ -15,7 +15,7 @@ from models.catalog import Catalog, read_catalog
 from models.checkpoint import Recommender
 from models.engine import Engine
 from models.errors import LeanRecError
-from models.families import Shape, Traits, count_parameters
+from models.families import Shape, config_parameters
 from models.golden import Golden
 from models.search import SearchRequest, SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
@@ -218,12 +218,11 @@ class Service:
         if self._loaded is None:
             raise self._not_ready()
         loaded, config = self._loaded, self._loaded.recommender.config
-        shape = Shape.of(config)
-        counts = count_parameters(shape, Traits.of(config))
+        counts = config_parameters(config)
         return ModelInfo(
             name=loaded.name,
             architecture=config.architectures[0],
-            shape=ModelShape(**asdict(shape)),
+            shape=ModelShape(**asdict(Shape.of(config))),
             parameters=Parameters(
                 total=counts.total,
                 embedding=counts.total - counts.non_embedding,

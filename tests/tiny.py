@@ -18,8 +18,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.checkpoint import write_recommender
+from models.checkpoint import read_recommender, write_recommender
 from models.data import Dataset, load_data
+from models.per_layer import LayerShape, PerLayerShape
+from models.per_layer_model import LeanRecForCausalLM, per_layer_config
 from models.presets import train_tokenizer
 from models.prompt import PromptConfig
 
@@ -110,6 +112,42 @@ def tiny_model(
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.05)
     return model.eval()
+
+
+PER_LAYER = PerLayerShape(
+    128,
+    32,
+    (
+        LayerShape(0, 0, 64),
+        LayerShape(4, 2, 0),
+        LayerShape(3, 3, 96),
+        LayerShape(2, 1, 128),
+        LayerShape(0, 0, 32),
+    ),
+)
+"""Every kind of layer, the first and the last without attention."""
+
+
+def make_per_layer_recommender(directory: Path, family: str, *, data: Path) -> None:
+    """Write a random recommender whose layers differ, with a family's biases and norms, to `directory`."""
+    folder = directory.with_name(f"{directory.name}-uniform")
+    make_tiny_recommender(folder, family, data=data, max_history=12)
+    uniform = read_recommender(folder)
+    torch.manual_seed(0)
+    model = LeanRecForCausalLM(per_layer_config(uniform.config, PER_LAYER))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    write_recommender(
+        directory,
+        model=model.eval(),
+        tokenizer=uniform.tokenizer,
+        catalog=uniform.catalog,
+        prompt=uniform.prompt,
+        training=uniform.training,
+    )
 
 
 def make_tiny_recommender(

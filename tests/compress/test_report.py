@@ -1,7 +1,7 @@
 """Reports: the stable keys, and pages that stand alone, stay well-formed and hold the numbers."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,6 +10,7 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
+from compress.achieved import Achieved
 from compress.card import render_card
 from compress.page import render_page
 from compress.plan import make_plan
@@ -63,6 +64,7 @@ def evidence():
     none = {"name": "mlp", "importances": {}, "kept": {}, "dropped_layers": []}
     return Evidence(
         plan=PLAN,
+        achieved=Achieved(PLAN.counts, asdict(PLAN.final)),
         weights=(Weights(PLAN.counts[0], 4000), Weights(PLAN.counts[-1], 800)),
         read_seconds=11.0,
         full={"seconds": 5.0, "metrics": measured(4.0)},

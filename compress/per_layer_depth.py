@@ -1,0 +1,86 @@
+"""Stage 3 where layers may differ: attentions and MLPs go one by one, and the last MLPs give up the rest."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
+from compress.halves import Half, assemble, halves_of, only_halves, weight_of
+from compress.per_layer_mlp import share_neurons
+from compress.stage import StageReport
+from models.families import Traits, non_embedding_parameters
+from models.losses import ValidTokens
+from models.per_layer import PerLayerShape
+from models.trie import Trie
+
+NOT_TRIED = -1.0
+
+
+def drop_halves(
+    model: PreTrainedModel,
+    budget: int,
+    batches: Sequence[CalibrationBatch],
+    trie: Trie,
+    *,
+    seed: int,
+) -> tuple[PreTrainedModel, StageReport]:
+    """Return the model with at most `budget` non-embedding parameters, and at most 1 % fewer.
+
+    Again and again the half goes whose removal adds least to the KL to the model given, for each of its
+    parameters. Once every half weighs more than what is left to remove, MLPs are narrowed instead. As in
+    `compress.depth`, a half's price of an earlier round bounds its price now. One attention and one MLP
+    stay in any case.
+
+    Args:
+        model: of LeanRec's own class.
+        seed: of the labels drawn where MLPs are narrowed.
+
+    Raises:
+        LeanRecError: the budget cannot be met so closely.
+    """
+    valid = ValidTokens(trie, model.device)
+    reference = reference_scores(model, batches, valid)
+    shape, traits = PerLayerShape.of(model.config.to_dict()), Traits.of(model.config)
+    kept = halves_of(shape)
+    every = list(kept)
+    weight = {half: weight_of(half, shape, traits) for half in kept}
+    prices = dict.fromkeys(kept, 0.0)
+    rounds: list[list[float]] = []
+    dropped: list[Half] = []
+    kl, count = 0.0, non_embedding_parameters(model.config)
+
+    def removable() -> list[Half]:
+        last = {kind for kind in ("attention", "mlp") if sum(half.kind == kind for half in kept) == 1}
+        return [h for h in kept if h.kind not in last and 100 * (count - weight[h]) > 99 * budget]
+
+    while count > budget and (candidates := removable()):
+        tried: dict[Half, float] = {}
+        for half in sorted(candidates, key=lambda half: (prices[half], -weight[half])):
+            if tried and min(prices[other] for other in tried) <= prices[half]:
+                break
+            with only_halves(model, [other for other in kept if other != half]):
+                tried[half] = calibration_kl(model, batches, valid, reference)
+            prices[half] = max(tried[half] - kl, 0.0) / weight[half]
+        gone = min(tried, key=lambda half: (prices[half], -weight[half]))
+        kl = tried[gone]
+        count -= weight[gone]
+        kept.remove(gone)
+        dropped.append(gone)
+        rounds.append([tried.get(half, NOT_TRIED) for half in every])
+    pruned = assemble(model, model.state_dict(), kept)
+    narrowed = {}
+    if count > budget:
+        pruned, told = share_neurons(pruned, budget, batches, trie, seed=seed, every_layer=True)
+        narrowed = told.kept
+    return pruned, StageReport(
+        name="depth",
+        parameters=non_embedding_parameters(pruned.config),
+        calibration_kl=calibration_kl(pruned, batches, valid, reference),
+        importances={"halves": rounds},
+        kept={
+            "attention": [[half.layer for half in kept if half.kind == "attention"]],
+            "mlp": [[half.layer for half in kept if half.kind == "mlp"]],
+            **narrowed,
+        },
+        dropped_layers=tuple(n for n in range(shape.num_layers) if not any(half.layer == n for half in kept)),
+    )
