@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import jinja2
+import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import LeanRecError
@@ -85,7 +86,24 @@ class Prompter:
         return self._title_tokens() if self._title_tokens else self.encode_titles(self.titles)
 
     def encode_titles(self, titles: Sequence[str]) -> TitleTokens:
-        """Return each title's tokens as they follow a prompt, end marker included."""
+        """Return each title's tokens as they follow a prompt, end marker included.
+
+        Raises:
+            LeanRecError: of some title the tokenizer leaves nothing but the end marker.
+        """
+        encoded = self._encoded_titles(titles)
+        marker = self._ids(self.config.separator)
+        short = np.flatnonzero(encoded.lengths <= len(marker)).tolist()
+        nothing = [titles[row] for row in short if encoded[row] in ([], marker)]
+        if nothing:
+            raise LeanRecError(
+                f"catalogue: {len(nothing)} titles have no tokens in this tokenizer (first: "
+                f"{', '.join(map(repr, nothing[:3]))}); use a tokenizer that knows their script, "
+                "or leave the items out"
+            )
+        return encoded
+
+    def _encoded_titles(self, titles: Sequence[str]) -> TitleTokens:
         if not self.config.is_stream:
             before = self._template.render(history=["\x00"]).rpartition("\x00")[2]
             following = self._encode(titles, before).without(self._ids(before))

@@ -28,7 +28,10 @@ def make_workload(recommender: Recommender, data: str, count: int, seed: int = 0
     shorter histories than a window are left out: their requests would be cheaper.
     """
     dataset = load_data(data)
-    items = [dataset.test.histories[index] for index in range(len(dataset.test.histories))]
+    # Ready splits cut test histories short; what they hold of a user in training goes on for longer.
+    sources = (dataset.test.histories, dataset.train)
+    longest = max(sources, key=lambda source: int((np.diff(source.offsets) >= TITLES).sum()))
+    items = [longest[index] for index in range(len(longest))]
     titles = min(TITLES, recommender.prompt.max_history, max(map(len, items)))
     starts = [(user, start) for user, rows in enumerate(items) for start in range(len(rows) - titles + 1)]
     order = np.random.default_rng(seed).permutation(len(starts))

@@ -6,9 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from models.catalog import make_catalog, read_catalog, write_catalog
 from models.errors import LeanRecError
+from models.prompt import PromptConfig, Prompter
 
 ATTRIBUTES = {
     "category": pa.chunked_array([["film", None, "book"]]).dictionary_encode(),
@@ -46,3 +51,16 @@ def test_an_attribute_of_no_use_is_named(tmp_path: Path) -> None:
     huge = pa.chunked_array([pa.array([2**63], pa.uint64())])
     with pytest.raises(LeanRecError, match="huge cannot be read as int64"):
         make_catalog(["a"], ["One"], None, "here", {"huge": huge})
+
+
+def test_titles_that_tokenise_to_nothing_are_named() -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "\n": 1, "Alien": 2, "the": 3}))
+    words.pre_tokenizer = Split(Regex(r"\n|\w+"), "removed", invert=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    known = Prompter(tokenizer, PromptConfig(), ["the Alien", "Alien"])
+    assert list(known.title_tokens) == [[3, 2, 1], [2, 1]]
+    unknown = Prompter(tokenizer, PromptConfig(), ["Alien", "★ ★", "¡!"])
+    with pytest.raises(
+        LeanRecError, match=r"2 titles have no tokens in this tokenizer \(first: '★ ★', '¡!'\)"
+    ):
+        _ = unknown.title_tokens
