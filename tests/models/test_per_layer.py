@@ -113,6 +113,7 @@ def test_it_is_served_and_not_pruned_again(recommender):
         check_supported(recommender.config, "there")
 
 
+@pytest.mark.slow
 def test_one_import_makes_transformers_load_it(recommender):
     code = (
         "import sys; import models.per_layer_model; from transformers import AutoModelForCausalLM as A; "
