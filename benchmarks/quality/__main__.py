@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.quality.page import write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, read_rows
-from benchmarks.quality.sets import CONTROLS, SETS, TARGETS, Set
+from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS, TARGETS, Set
 from models.sources import BUILT_IN
 
 RUNS = Path("runs/quality")
@@ -92,8 +92,9 @@ def _answer(asked: Asked, root: Path) -> None:
     model = full_model(chosen, data)
     out = folder / f"{asked.recipe}-{asked.target.removesuffix('%')}-{asked.seed}-{asked.budget}"
     command = [sys.executable, "-m", "benchmarks.quality.one", "--model", str(model), "--data", data]
-    command += ["--target", asked.target, "--recipe", asked.recipe, "--seed", str(asked.seed)]
-    command += ["--vocab", chosen.vocab, "--out", str(out)]
+    recipe, layout = ("leanrec", PER_LAYER) if asked.recipe == PER_LAYER else (asked.recipe, "uniform")
+    command += ["--target", asked.target, "--recipe", recipe, "--layout", layout]
+    command += ["--seed", str(asked.seed), "--vocab", chosen.vocab, "--out", str(out)]
     command += ["--shared", str(folder / f"shared-{asked.seed}-{asked.budget}")]
     command += ["--restore-tokens", str(asked.tokens)] if asked.tokens else []
     subprocess.run(command, check=True)
@@ -103,7 +104,8 @@ def _answer(asked: Asked, root: Path) -> None:
     keep_row(full_row(report, model, settings=settings))
     for row in baseline_rows(report, settings=settings):
         keep_row(row)
-    keep_row(compression_row(report, base=training["base"], settings=settings))
+    row = compression_row(report, base=training["base"], settings=settings)
+    keep_row({**row, "recipe": asked.recipe})
     if asked.recipe != "leanrec":
         shutil.rmtree(out)  # its row says what it was
 

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("out", "shared"):
         parser.add_argument(f"--{name}", required=True, type=Path)
     parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--layout", default="uniform")
     parser.add_argument("--restore-tokens", type=int)
     options = parser.parse_args(argv)
     from compress.job import Job

@@ -19,6 +19,7 @@ from models.atomic import write_text
 TITLES = {
     "full": "full model",
     "leanrec": "LeanRec",
+    "per-layer": "LeanRec, layers that differ",
     "prunerec": "published method (arXiv 2507.07064)",
     "one-stage": "all cuts at once",
     "depth-only": "depth only",

@@ -50,4 +50,6 @@ SETS = {
     )
 }
 TARGETS = ("5%", "2.5%")
-CONTROLS = ("prunerec", "one-stage", "depth-only", "width-only", "random", "random-targets")
+PER_LAYER = "per-layer"
+"""the default recipe in the per-layer layout"""
+CONTROLS = (PER_LAYER, "prunerec", "one-stage", "depth-only", "width-only", "random", "random-targets")

@@ -10,7 +10,7 @@ from benchmarks.quality import page, rows
 from benchmarks.quality.__main__ import Asked
 from benchmarks.quality.page import ORDER, write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, key_of, read_rows
-from benchmarks.quality.sets import CONTROLS, SETS
+from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS
 from compress.recipe import RECIPES
 
 INTERVALS = {name: [0.1, 0.2] for name in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")}
@@ -124,7 +124,7 @@ def test_pages_hold_the_numbers_and_stand_alone(results):
 
 
 def test_every_recipe_has_a_place_in_the_table():
-    assert {"leanrec", *CONTROLS} == set(RECIPES) <= set(ORDER)
+    assert {"leanrec", *CONTROLS} == {*RECIPES, PER_LAYER} <= set(ORDER)
 
 
 def test_the_committed_page_is_made_from_the_committed_rows(tmp_path, monkeypatch):
