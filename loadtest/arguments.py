@@ -17,8 +17,11 @@ class Arguments:
     pruned: str
     data: str | None
     users: tuple[int, ...]
+    rates: tuple[float, ...]
+    """requests per second of an open loop; empty for a closed loop of users"""
     seconds: float
-    returning: bool
+    returning: float
+    """share of the requests"""
     out: Path | None
     seed: int
     command: str
@@ -41,24 +44,39 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser.add_argument(
         "--data", help="data set whose test histories are sent (default: the one the model was trained on)"
     )
-    parser.add_argument(
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument(
         "--users",
         type=_users,
         default=(1, 4, 16),
         metavar="N,N,...",
-        help="numbers of users who ask at the same time (default: 1,4,16)",
+        help="numbers of users, each of whom asks again when answered: a closed loop (default: 1,4,16)",
+    )
+    load.add_argument(
+        "--rate",
+        type=_rates,
+        dest="rates",
+        default=(),
+        metavar="R[,R...]",
+        help="requests per second in place of users: an open loop, sent at random times whatever is answered",
     )
     parser.add_argument(
         "--seconds",
         type=_seconds,
         default=30.0,
         metavar="N",
-        help="measured seconds of each deployment at each number of users, in up to 6 blocks (default: 30)",
+        help="measured seconds of each deployment at each load, in 6 blocks; below 6 in fewer, "
+        "and without intervals (default: 30)",
     )
     parser.add_argument(
         "--returning",
-        action="store_true",
-        help="users come back after each new item (default: no prompt is ever repeated)",
+        type=_share,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the requests from users who come back after each new item; 1 without a number "
+        "(default: 0, no prompt is ever repeated)",
     )
     parser.add_argument("--out", type=Path, help="output directory (default: runs/DATA/loadtest)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and intervals (default: 0)")
@@ -77,6 +95,28 @@ def _users(text: str) -> tuple[int, ...]:
     if len(set(numbers)) != len(numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: a number of users stands twice")
     return tuple(sorted(numbers))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 20,50.5") from error
+    if not all(0 < rate <= 100_000 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: each rate has to be above 0 and at most 100000")
+    if len(set(rates)) != len(rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: a rate stands twice")
+    return tuple(sorted(rates))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share like 0.3") from error
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: has to be from 0 to 1")
+    return share
 
 
 def _seconds(text: str) -> float:

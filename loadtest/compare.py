@@ -44,6 +44,8 @@ class Block:
     failures: int = 0
     discarded: int = 0
     """requests of the block started outside the window: its warm-up and its end"""
+    sent: int = 0
+    """requests started inside the window, whatever came of them"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ def speedup(full: Sequence[Block], pruned: Sequence[Block], *, seed: int = 0) ->
     figures["throughput"] = _measured(_ratio(throughput(pruned), throughput(full)), weights, counts)
     fewest = min(sum(len(block.latencies_ms) for block in blocks) for blocks in (full, pruned))
     return _refuse_p99(figures, fewest)
+
+
+def is_difference(ratio: Measured) -> bool:
+    """Whether a ratio is shown to differ from 1: its interval excludes 1."""
+    return ratio.interval is not None and not ratio.interval[0] <= 1 <= ratio.interval[1]
 
 
 def mean(values: np.ndarray, *, seed: int = 0) -> Measured:

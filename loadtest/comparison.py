@@ -18,16 +18,19 @@ from loadtest import results, workload
 from loadtest.arguments import Arguments
 from loadtest.deployment import Deployment, attached, equal_kv_cache_bytes, is_url, started
 from loadtest.inputs import make_workload, read_description, trained_on
+from loadtest.load import Load
 from loadtest.machine import describe_machine, describe_versions
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
 from loadtest.report import markdown
-from loadtest.session import WARMUP_S, Plan, Session, measure
+from loadtest.session import WARMUP_S, Plan, Session, Surroundings, measure
 from models.atomic import write_json, write_text
-from models.errors import LeanRecError
+from models.errors import LeanRecError, UsageError
 
 OUTPUTS = ("report.json", "report.html", "report.md", "requests", "logs")
 """What a run writes, and what the next run into the same directory replaces."""
+
+MIN_REQUESTS_A_BLOCK = 10
 
 Progress = Callable[[str, float], None]
 
@@ -61,7 +64,7 @@ def compare_deployments(arguments: Arguments) -> int:
         *(entry["prompt"]["max_history"] for entry in described.values()),
         *(running.model["max_history"] for running in sides.deployments.values()),
     ]
-    plan = Plan(users=arguments.users, seconds=arguments.seconds)
+    plan = _plan(arguments)
     prompts = make_workload(
         data,
         max_history=min(max_histories),
@@ -113,17 +116,17 @@ def _run(
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
         workload.save(prompts, temporary / "workload.json")
         progress = stack.enter_context(_progress_bar(session.plan.expected_seconds))
-        _start(stack, arguments, sides, out / "logs", progress)
+        _start(stack, arguments, session.plan, sides, logs=out / "logs", progress=progress)
         try:
-            measure(
-                session,
-                sides.deployments,
-                prompts,
+            surroundings = Surroundings(
+                deployments=sides.deployments,
+                workload=prompts,
                 workload_path=temporary / "workload.json",
                 rows=out / "requests",
                 progress=progress,
                 after_block=sides.sample_memory,
             )
+            measure(session, surroundings)
         except LeanRecError as error:
             return write(str(error))
         except KeyboardInterrupt:
@@ -132,12 +135,33 @@ def _run(
         return write(None)
 
 
-def _start(stack: ExitStack, arguments: Arguments, sides: Sides, logs: Path, progress: Progress) -> None:
+def _plan(arguments: Arguments) -> Plan:
+    """Return what to measure.
+
+    Raises:
+        UsageError: a rate at which a block would hold next to nothing.
+    """
+    if not arguments.rates:
+        return Plan(loads=[Load(users=users) for users in arguments.users], seconds=arguments.seconds)
+    plan = Plan(loads=[Load(rate=rate) for rate in arguments.rates], seconds=arguments.seconds)
+    expected = plan.loads[0].size * plan.window_s
+    if expected < MIN_REQUESTS_A_BLOCK:
+        raise UsageError(
+            f"--rate {plan.loads[0].size:g} sends about {expected:.3g} requests in a block of "
+            f"{plan.window_s:.3g} s, and {MIN_REQUESTS_A_BLOCK} are needed; raise --seconds or the rate"
+        )
+    return plan
+
+
+def _start(
+    stack: ExitStack, arguments: Arguments, plan: Plan, sides: Sides, *, logs: Path, progress: Progress
+) -> None:
     """Start what is not attached, one after the other, so that neither start slows the other."""
     to_start = {name: Path(t) for name, t in arguments.targets.items() if name not in sides.deployments}
     running = list(sides.deployments.values())
     if to_start:
-        kv_cache_bytes = equal_kv_cache_bytes(list(to_start.values()), running, max(arguments.users))
+        waiting = max(load.expected_waiting for load in plan.loads)
+        kv_cache_bytes = equal_kv_cache_bytes(list(to_start.values()), running, waiting)
     for name, directory in to_start.items():
         log = logs / f"serve-{name}.log"
         tqdm.write(f"starting the {name} deployment, log in {log}", file=sys.stderr)
@@ -161,7 +185,8 @@ def _settings(arguments: Arguments, data: str, plan: Plan, prompts: workload.Wor
         "data": data,
         "histories": len(prompts.histories),
         "max_history": prompts.max_history,
-        "users": list(plan.users),
+        "users": [load.users for load in plan.loads if load.users],
+        "rates": [load.rate for load in plan.loads if load.rate],
         "seconds": plan.seconds,
         "pairs": plan.num_pairs,
         "window_seconds": plan.window_s,

@@ -49,7 +49,7 @@ def trained_on(sources: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def make_workload(data: str, *, max_history: int, returning: bool, seed: int, num_blocks: int) -> Workload:
+def make_workload(data: str, *, max_history: int, returning: float, seed: int, num_blocks: int) -> Workload:
     """Return the test users' histories as a workload.
 
     Args:

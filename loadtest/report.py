@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loadtest.load import count, load_of
+
 LATENCIES = ("p50", "p95", "p99")
 SIDES = ("full", "pruned")
 MEMORY_ROWS = {
@@ -23,11 +25,13 @@ def verdict(report: Mapping[str, Any]) -> str:
         return f"{stop}Nothing was measured."
     ratios = report["speedup"]
     parts = [
-        f"With {count(ratios['users'], 'user')} the pruned deployment is "
+        f"{_at(ratios)} the pruned deployment is "
         + difference(ratios, "p95", "{} times as fast at p95", "no faster or slower at p95")
         + " and answers "
         + difference(ratios, "throughput", "{} times the requests per second", "as many requests per second")
     ]
+    if report["noise"]:
+        parts.append(noise(report["noise"]))
     full, pruned = (report["deployments"][name] for name in SIDES)
     parts.append(f"weights {mib(pruned['weights_bytes'])} against {mib(full['weights_bytes'])}")
     if ratios["memory"] is not None:
@@ -47,11 +51,28 @@ def verdict(report: Mapping[str, Any]) -> str:
     return f"{stop}{'; '.join(parts)}."
 
 
+def _at(level: Mapping[str, Any]) -> str:
+    load = load_of(level)
+    return f"At {load}" if load.users is None else f"With {load}"
+
+
+def noise(ratios: Mapping[str, Any]) -> str:
+    """Return what this machine shows for a deployment against itself, in words."""
+    stated = " and ".join(
+        f"{with_interval(ratios[figure], ratios['ci95'][figure], 2)} {label}"
+        for figure, label in (("p95", "at p95"), ("throughput", "in requests per second"))
+    )
+    text = f"the machine's own noise, the {ratios['deployment']} deployment against itself, is {stated}"
+    if ratios["differs"]:
+        text += " (it shows a difference where there is none: do not trust differences of this size)"
+    return text
+
+
 def difference(ratios: Mapping[str, Any], figure: str, different: str, same: str) -> str:
-    """Return a ratio in words, with its interval."""
+    """Return a ratio in words, with its interval; without one nothing is called a difference."""
     value, interval = ratios[figure], ratios["ci95"][figure]
     if interval is None:
-        return different.format(f"{value:.2f}") + " (no interval: too few blocks)"
+        return f"{same} as far as this run can show ({value:.2f}, no interval: too few blocks)"
     stated = f"[{interval[0]:.2f}, {interval[1]:.2f}]"
     if interval[0] <= 1 <= interval[1]:
         return f"{same} as far as this run can show ({value:.2f} {stated})"
@@ -62,7 +83,7 @@ def load_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the levels as rows of text, the header first."""
     table = [
         [
-            "users",
+            "load",
             "deployment",
             "requests",
             "failures",
@@ -74,18 +95,24 @@ def load_table(report: Mapping[str, Any]) -> list[list[str]]:
         ]
     ]
     for level in report["levels"]:
+        load = str(load_of(level))
         for name in SIDES:
             side = level[name]
             latency = side["latency_ms"]
-            cells = [str(level["users"]), name, str(side["requests"]), str(side["failures"])]
+            cells = [load, name, str(side["requests"]), str(side["failures"])]
             cells.append(with_interval(side["requests_per_second"], side["ci95"]["requests_per_second"], 1))
             cells += [with_interval(latency[p], latency["ci95"][p], 1) for p in LATENCIES]
             cpu = side["cpu_seconds_per_request"]
             table.append([*cells, "" if cpu is None else f"{1000 * cpu:.1f}"])
-        ratios = level["speedup"]
-        gains = [with_interval(ratios[p], ratios["ci95"][p], 2, "×") for p in ("throughput", *LATENCIES)]
-        table.append([str(level["users"]), "speed-up", "", "", *gains, ""])
+        table.append([load, "speed-up", "", "", *_ratio_cells(level["speedup"]), ""])
+    if report["noise"]:
+        load = str(load_of(report["noise"]))
+        table.append([load, "noise", "", "", *_ratio_cells(report["noise"]), ""])
     return table
+
+
+def _ratio_cells(ratios: Mapping[str, Any]) -> list[str]:
+    return [with_interval(ratios[name], ratios["ci95"][name], 2, "×") for name in ("throughput", *LATENCIES)]
 
 
 def memory_table(report: Mapping[str, Any]) -> list[list[str]]:
@@ -140,11 +167,6 @@ def with_interval(value: float | None, interval: Sequence[float] | None, digits:
         return "too few requests"
     text = f"{value:.{digits}f}{unit}"
     return f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else text
-
-
-def count(number: int, noun: str) -> str:
-    """Return `1 user`, `2 users`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _markdown_table(table: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from loadtest import session
+from loadtest import lag, session
 from loadtest.cli import main
 from models.errors import run_command
 
@@ -79,7 +79,9 @@ def test_the_report_says_what_was_measured(stubs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert report["verdict"] in printed
     assert str(out / "report.html") in printed
-    assert len(list((out / "requests").glob("*.csv"))) == 4
+    assert report["noise"]["pairs"] == 1
+    # Warm-up, noise and measurement, of two each.
+    assert len(list((out / "requests").glob("*.csv"))) == 6
 
 
 @pytest.mark.slow
@@ -118,6 +120,34 @@ def test_attached_deployments_are_measured_but_not_their_memory(serve_stub, data
         assert report["levels"][0][side]["requests"] > 0
     assert report["speedup"]["memory"] is None
     assert "not measured" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_open_loop_is_measured_at_each_rate(stubs, tmp_path, monkeypatch):
+    # However busy this machine is, this test is not about its timers.
+    monkeypatch.setattr(lag, "FLOOR_MS", 1e6)
+    out = tmp_path / "out"
+    code = run("--full", stubs[0], "--pruned", stubs[1], "--rate", "20,40", "--seconds", "1", "--out", out)
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [level["rate"] for level in report["levels"]] == [20, 40]
+    for level in report["levels"]:
+        # The same seeded times for both.
+        assert level["full"]["requests"] == level["pruned"]["requests"] > 0
+        assert level["full"]["schedule_lag_ms"]["p99"] >= 0
+
+
+@pytest.mark.slow
+def test_a_generator_that_falls_behind_ends_the_run(stubs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lag, "FLOOR_MS", 0.0)
+    monkeypatch.setattr(lag, "MAX_LAG_SHARE", 0.0)
+    code = run(
+        "--full", stubs[0], "--pruned", stubs[1], "--rate", "20", "--seconds", "1", "--out", tmp_path / "out"
+    )
+    assert code == 1
+    assert "error: the load generator sent requests" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"].startswith("Partial: the load generator sent requests")
 
 
 @pytest.mark.slow
@@ -161,6 +191,14 @@ def session_command():
         (["--users", "0"], "from 1 to 10000"),
         (["--users", "1,,4"], "is not a list like 1,4,16"),
         (["--users", "4,4"], "stands twice"),
+        (["--rate", "-3"], "above 0"),
+        (["--rate", "0"], "above 0"),
+        (["--rate", "nan"], "above 0"),
+        (["--rate", "20,fast"], "is not a list like 20,50.5"),
+        (["--rate", "20,20"], "stands twice"),
+        (["--rate", "20", "--users", "4"], "not allowed with argument"),
+        (["--returning", "1.5"], "from 0 to 1"),
+        (["--returning", "often"], "is not a share"),
         (["--seconds", "-5"], "at least 1 second"),
         (["--seconds", "nan"], "at least 1 second"),
         (["--seconds", "soon"], "is not a number of seconds"),
@@ -181,6 +219,7 @@ def test_wrong_inputs_end_before_anything_starts(stubs, tmp_path, capsys):
     cases = [
         ((*sides, "--out", tmp_path / "file" / "out"), 1, "cannot be written"),
         ((*sides, "--data", tmp_path / "nothing"), 2, "nothing"),
+        ((*sides, "--rate", "2,50", "--seconds", "6"), 2, "--rate 2 sends about 2 requests in a block"),
         ((*sides, "--data", tmp_path / "empty"), None, "empty"),
         (("--full", tmp_path / "none", "--pruned", stubs[1]), 2, "no such directory"),
         (("--full", tmp_path / "empty", "--pruned", stubs[1]), 2, "no recommender.json"),

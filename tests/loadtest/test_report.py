@@ -15,6 +15,7 @@ from loadtest import results
 from loadtest.blocks import BlockPlan, BlockRun
 from loadtest.compare import Block
 from loadtest.deployment import Deployment
+from loadtest.load import Load
 from loadtest.memory import MemoryWatch, Sample
 from loadtest.page import render
 from loadtest.plots import linear_ticks, log_ticks
@@ -31,32 +32,39 @@ QUALITY = {
 }
 
 
-def make_session(*, pairs=6, slow=40.0, fast=10.0, users=(1, 4, 16)):
+def make_run(rng, name, load, mean, number):
+    size = 80 + 10 * int(load.size)
+    latencies = mean * rng.lognormal(0, 0.25, size)
+    seconds = latencies.sum() / 1000 / load.size if load.users else size / load.size
+    block = Block(latencies_ms=latencies, completed=size, seconds=seconds, sent=size)
+    return BlockRun(
+        deployment=name,
+        plan=BlockPlan(number=number, load=load, warmup_s=1, window_s=seconds),
+        started_at=1.8e9 + number,
+        block=block,
+        problems={},
+        cpu_seconds_per_request=mean / 1000,
+        lag_ms=np.full(size, 0.5) if load.rate else np.zeros(0),
+    )
+
+
+def make_session(*, pairs=6, slow=40.0, fast=10.0, users=(1, 4, 16), rates=(), seed=3):
     """Each user of the full deployment waits `slow` ms on average, of the pruned one `fast` ms."""
-    plan = Plan(users=users, seconds=float(max(pairs, 1)))
-    rng = np.random.default_rng(3)
+    loads = [Load(rate=rate) for rate in rates] or [Load(users=number) for number in users]
+    plan = Plan(loads=loads, seconds=float(max(pairs, 1)))
+    rng = np.random.default_rng(seed)
     session = Session(plan=plan)
     session.agreement = Agreement(same_top1=np.array([1.0, 0.0] * 50), overlap=np.full(100, 0.7))
     number = 2
-    for load in users:
+    for _ in range(pairs):
+        for half in (0, 1):
+            session.noise[half].append(make_run(rng, "full", loads[-1], slow * loads[-1].size ** 0.7, number))
+            number += 1
+    for load in loads:
         for pair in range(pairs):
             for name in pair_order(pair):
-                mean = (slow if name == "full" else fast) * load**0.7
-                latencies = mean * rng.lognormal(0, 0.25, 80 + 10 * load)
-                block = Block(
-                    latencies_ms=latencies, completed=len(latencies), seconds=latencies.sum() / 1000 / load
-                )
-                block_plan = BlockPlan(number=number, users=load, warmup_s=1, window_s=block.seconds)
-                session.runs.append(
-                    BlockRun(
-                        deployment=name,
-                        plan=block_plan,
-                        started_at=1.8e9 + len(session.runs),
-                        block=block,
-                        problems={},
-                        cpu_seconds_per_request=mean / 1000,
-                    )
-                )
+                mean = (slow if name == "full" else fast) * load.size**0.7
+                session.runs.append(make_run(rng, name, load, mean, number))
             number += 1
     return session
 
@@ -79,7 +87,9 @@ def make_report(session, *, quality=None, incomplete=None, command="loadtest --f
         "pairs": session.plan.num_pairs,
         "window_seconds": session.plan.window_s,
         "warmup_seconds": 1.0,
-        "returning": False,
+        "returning": 0.0,
+        "users": [load.users for load in session.plan.loads if load.users],
+        "rates": [load.rate for load in session.plan.loads if load.rate],
         "seed": 0,
     }
     return results.build(
@@ -99,9 +109,12 @@ def test_the_order_is_abba_then_baab():
 
 
 def test_short_runs_get_fewer_blocks_and_never_shorter_than_a_second():
-    assert Plan(users=(1,), seconds=30).num_pairs == 6
-    assert Plan(users=(1,), seconds=3.5).num_pairs == 3
-    assert Plan(users=(1,), seconds=1).window_s == 1
+    one = [Load(users=1)]
+    assert Plan(loads=one, seconds=30).num_pairs == 6
+    assert Plan(loads=one, seconds=3.5).num_pairs == 3
+    assert Plan(loads=one, seconds=1).window_s == 1
+    # Agreement, warm-up, two for each of six noise pairs, six pairs.
+    assert Plan(loads=one, seconds=6).num_blocks == 2 + 12 + 6
 
 
 def test_the_keys_that_others_read():
@@ -143,6 +156,45 @@ def test_a_ratio_that_may_be_one_is_not_called_a_difference():
     verdict = make_report(make_session(slow=10.0, users=(1,)))["verdict"]
     assert "no faster or slower at p95 as far as this run can show" in verdict
     assert "times as fast" not in verdict
+
+
+def test_without_an_interval_nothing_is_called_a_difference():
+    verdict = make_report(make_session(pairs=5, users=(1,)))["verdict"]
+    assert "no faster or slower at p95 as far as this run can show (4." in verdict
+    assert "no interval: too few blocks" in verdict
+    assert "times as fast" not in verdict
+
+
+def test_the_noise_of_the_machine_is_printed():
+    report = make_report(make_session(), quality=QUALITY)
+    noise = report["noise"]
+    assert (noise["deployment"], noise["users"], noise["pairs"], noise["differs"]) == ("full", 16, 6, [])
+    low, high = noise["ci95"]["p95"]
+    assert low <= 1 <= high
+    assert low <= noise["p95"] <= high
+    said = f"the full deployment against itself, is {noise['p95']:.2f} [{low:.2f}, {high:.2f}] at p95"
+    assert said in report["verdict"]
+    assert said in render(report)
+
+
+def test_a_machine_that_shows_a_difference_where_there_is_none_is_called_out():
+    session = make_session(users=(1,))
+    rng = np.random.default_rng(0)
+    session.noise[1][:] = [make_run(rng, "full", Load(users=1), 30.0, number) for number in range(6)]
+    report = make_report(session)
+    assert set(report["noise"]["differs"]) == {"p50", "p95", "p99", "throughput"}
+    assert "it shows a difference where there is none" in report["verdict"]
+
+
+def test_a_report_of_an_open_loop():
+    report = json.loads(json.dumps(make_report(make_session(rates=(5.0, 20.0))), allow_nan=False))
+    assert [(level["users"], level["rate"]) for level in report["levels"]] == [(None, 5.0), (None, 20.0)]
+    assert report["levels"][0]["full"]["schedule_lag_ms"] == {"p50": 0.5, "p95": 0.5, "p99": 0.5}
+    assert report["speedup"]["rate"] == 20.0
+    assert report["verdict"].startswith("At 20 requests/s the pruned deployment is")
+    page = render(report)
+    assert "sent 99 % of them less than 0.5 ms late" in page
+    assert "Latency, 5 requests/s" in page
 
 
 def test_failures_stand_in_the_verdict():
@@ -211,8 +263,9 @@ def test_the_page_fetches_nothing_and_escapes_what_it_shows():
 
 def test_the_markdown_has_a_row_for_each_load_and_deployment():
     lines = markdown(make_report(make_session(), quality=QUALITY)).splitlines()
-    rows = [line for line in lines if line.startswith(("| 1 |", "| 4 |", "| 16 |"))]
-    assert len(rows) == 9
+    rows = [line for line in lines if re.match(r"\| \d+ users? \|", line)]
+    assert len(rows) == 9 + 1
+    assert rows[-1].startswith("| 16 users | noise |")
     assert {line.count("|") for line in rows} == {10}
     assert "| NDCG@10 | 0.0800 [0.0700, 0.0900] | 0.0760 [0.0700, 0.0800] |" in lines
 
