@@ -50,6 +50,8 @@ class BlockRun:
     """what was wrong with the failed requests of the window, and how often"""
     cpu_seconds_per_request: float | None
     """of the deployment, warm-up included; None where it was not started here"""
+    num_requests: int = 0
+    """sent in all, those of the warm-up too"""
     lag_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
     """open loop: how late the generator sent each request of the window, float64 `[sent]`"""
 
@@ -67,12 +69,19 @@ class Rows:
 
 
 def run_block(
-    deployment: Deployment, plan: BlockPlan, workload: Path, stem: Path, on_tick: Callable[[], None]
+    deployment: Deployment,
+    plan: BlockPlan,
+    workload: Path,
+    stem: Path,
+    on_tick: Callable[[], None],
+    *,
+    replayed: bool = False,
 ) -> BlockRun:
     """Run one block and return what was measured; leaves `STEM.csv` and `STEM.log`.
 
     Args:
         on_tick: Called several times a second.
+        replayed: Whether the prompts are those of a saved log.
 
     Raises:
         DeploymentDiedError: the deployment went away meanwhile.
@@ -87,6 +96,8 @@ def run_block(
     if exit_code == OUT_OF_PROMPTS_EXIT_CODE:
         raise LeanRecError(
             "the test split has no fresh prompts left; give fewer --seconds, more data, or --returning 1"
+            if not replayed
+            else "the replayed log has no requests left: this deployment is faster than the saved one"
         )
     if exit_code != 0:
         raise LeanRecError(f"Locust ended with exit code {exit_code}{log_tail(log)}")
@@ -102,6 +113,7 @@ def run_block(
         block=found.block,
         problems=found.problems,
         cpu_seconds_per_request=cpu,
+        num_requests=found.num_requests,
         lag_ms=found.lag_ms,
     )
 

@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from loadtest.differing import differing_users
 from loadtest.load import load_of
 from loadtest.plots import Line, Stack, line_chart, stacked_bars
-from loadtest.report import SIDES, load_table, memory_table, quality_table, with_interval
+from loadtest.report import SIDES, capacity_table, load_table, memory_table, quality_table, with_interval
 from loadtest.results import CDF_POINTS
 
 STYLE = """
@@ -37,6 +38,8 @@ svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .middle { text
 .full { stroke: var(--full); } .pruned { stroke: var(--pruned); } .dashed { stroke-dasharray: 5 4; }
 circle.full { fill: var(--full); } circle.pruned { fill: var(--pruned); }
 .part.weights { fill: var(--pruned); } .part.kv { fill: var(--kv); } .part.rest { fill: var(--rest); }
+dt { color: var(--soft); } dd { margin: 0 0 6px; }
+h3 { font-size: 15px; margin: 14px 0 4px; }
 p.note { color: var(--soft); font-size: 13px; }
 pre { background: var(--card); padding: 12px; overflow-x: auto;
   font-size: 12px; } summary { cursor: pointer; color: var(--soft); }
@@ -58,6 +61,7 @@ def render(report: Mapping[str, Any]) -> str:
         "against itself first, in the same way: what this machine shows where there is none. CPU time is the "
         "deployment's, of all its processes, and hardly depends on what else the machine does.</p>",
         f'<div class="plots">{"".join(_speed_plots(report["levels"]))}</div>',
+        _capacity(report["capacity"]),
         "<h2>Memory</h2>",
         _table(memory_table(report)),
         '<p class="note">PSS counts a page shared by several processes, also by those of the other '
@@ -67,6 +71,8 @@ def render(report: Mapping[str, Any]) -> str:
         "<h2>Quality</h2>",
         _table(quality_table(report)),
         _quality_note(report),
+        f'<div class="plots">{_quality_against_cost(report)}</div>',
+        differing_users(report["served_quality"]),
         "<h2>How it was measured</h2>",
         _method(report),
         "<details><summary>Every block, in the order they ran</summary>",
@@ -136,9 +142,39 @@ def _memory_plot(sides: Mapping[str, Any]) -> str:
 
 
 def _quality_note(report: Mapping[str, Any]) -> str:
-    if not report["quality"]:
-        return '<p class="note">The pruned directory has no report.json, so HR and NDCG are not shown.</p>'
-    return f'<p class="note">HR and NDCG as measured offline: {escape(report["quality"]["source"])}.</p>'
+    notes = []
+    if report["quality"]:
+        notes.append(f"HR and NDCG without further words: offline, from {report['quality']['source']}.")
+    if report["served_quality"]:
+        notes.append(
+            "Over HTTP: the test users' histories were sent to both deployments after the load, and items of "
+            "the history may be recommended, as in the offline evaluation."
+        )
+    return f'<p class="note">{escape(" ".join(notes) or "HR and NDCG were not measured.")}</p>'
+
+
+def _quality_against_cost(report: Mapping[str, Any]) -> str:
+    """Return NDCG@10 against what a recommendation costs: money where it is known, else CPU time."""
+    if not report["levels"]:
+        return ""
+    found, label = report["capacity"] or {}, "cost per million recommendations"
+    costs = {name: found.get(name, {}).get("cost_per_million") for name in SIDES}
+    if None in costs.values():
+        label = "CPU seconds per thousand recommendations"
+        seconds = {name: report["levels"][-1][name]["cpu_seconds_per_request"] for name in SIDES}
+        costs = {name: None if value is None else 1000 * value for name, value in seconds.items()}
+    quality = report["served_quality"] or (report["quality"] or {}).get("metrics")
+    if not quality or None in costs.values():
+        return ""
+    lines = []
+    for name in SIDES:
+        interval = quality[name].get("ci95", {}).get("ndcg@10")
+        points = [(costs[name], quality[name]["ndcg@10"])]
+        lines.append(Line(name, points, name, [interval], dots=True))
+    if not any(y for line in lines for _, y in line.points):
+        return ""
+    title = "Quality against cost"
+    return _figure(title, line_chart(lines, title=title, x_label=label, y_label="NDCG@10"))
 
 
 def _method(report: Mapping[str, Any]) -> str:
@@ -163,6 +199,29 @@ def _method(report: Mapping[str, Any]) -> str:
         "Every answer was checked; a wrong one is a failure."
     )
     return f"<p>{escape(text)}</p><pre>{escape(settings['command'])}</pre>"
+
+
+def _capacity(found: Mapping[str, Any] | None) -> str:
+    if not found:
+        return ""
+    text = (
+        "Found by steps of an open loop, the two deployments in turn: doubled or halved from the measured "
+        "throughput, then bisected. A step meets the objective if that share of all requests sent was "
+        "answered correctly in time; failures count as late. One search has no interval."
+    )
+    steps = [["deployment", "requests/s", "seconds", "requests", "in time", ""]]
+    for name in SIDES:
+        for step in found.get(name, {}).get("steps", []):
+            outcome = step["problem"] or ("met" if step["met"] else "missed")
+            cells = [f"{step['rate']:.4g}", f"{step['seconds']:.3g}", str(step["requests"])]
+            steps.append([name, *cells, f"{step['share_in_time']:.2%}", outcome])
+    return "".join(
+        [
+            f"<h2>Highest rate with {escape(found['objective'])}</h2>",
+            _table(capacity_table({"capacity": found})),
+            f'<p class="note">{text}</p><details><summary>Every step</summary>{_table(steps)}</details>',
+        ]
+    )
 
 
 def _lag(levels: Sequence[Mapping[str, Any]]) -> str:

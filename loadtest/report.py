@@ -37,9 +37,15 @@ def verdict(report: Mapping[str, Any]) -> str:
     if ratios["memory"] is not None:
         peaks = (mib(pruned["memory"]["pss_bytes"]), mib(full["memory"]["pss_bytes"]))
         parts.append("memory {} against {}".format(*peaks))
+    if report["capacity"]:
+        parts.append(capacity(report["capacity"]))
     if report["quality"]:
         kept = [f"{name.upper()} {value:.1%}" for name, value in report["quality"]["retained"].items()]
         parts.append("kept " + ", ".join(kept))
+    elif report["served_quality"]:
+        kept = report["served_quality"]["retained"]
+        stated = [f"{name.upper()} {_share(kept[name], kept['ci95'][name])}" for name in ("hr@10", "ndcg@10")]
+        parts.append("kept over HTTP " + ", ".join(stated))
     if report["agreement"]:
         parts.append(f"the first recommendation agrees for {report['agreement']['top1']:.0%} of histories")
     failed = {name: sum(level[name]["failures"] for level in report["levels"]) for name in SIDES}
@@ -66,6 +72,37 @@ def noise(ratios: Mapping[str, Any]) -> str:
     if ratios["differs"]:
         text += " (it shows a difference where there is none: do not trust differences of this size)"
     return text
+
+
+def capacity(found: Mapping[str, Any]) -> str:
+    """Return which rates meet the objective, in words; from one search no ratio of them is claimed."""
+    rates = {name: found[name]["requests_per_second"] for name in SIDES}
+    said = {
+        name: "no rate tried" if rate is None else f"{rate:.4g} requests/s" for name, rate in rates.items()
+    }
+    text = f"{found['objective']} holds up to {said['pruned']} against {said['full']}"
+    costs = [found[name]["cost_per_million"] for name in ("pruned", "full")]
+    if None not in costs:
+        text += f", at a cost of {costs[0]:.4g} against {costs[1]:.4g} per million recommendations"
+    return text
+
+
+def capacity_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the highest rates that meet the objective as rows of text, the header first."""
+    found = report["capacity"]
+    table = [[found["objective"], *SIDES]]
+    rows: dict[str, tuple[str, str]] = {
+        "highest rate that met it (requests/s)": ("requests_per_second", "no rate tried"),
+        "lowest rate that missed it (requests/s)": ("missed_at", "none tried"),
+        "cost per million recommendations": ("cost_per_million", "not computed: needs --price-per-hour"),
+    }
+    for label, (key, missing) in rows.items():
+        values = [found[name][key] for name in SIDES]
+        table.append([label, *(missing if value is None else f"{value:.4g}" for value in values)])
+    if any(found[name]["limited_by_generator"] for name in SIDES):
+        cells = ("yes" if found[name]["limited_by_generator"] else "no" for name in SIDES)
+        table.append(["missed only because the load generator fell behind", *cells])
+    return table
 
 
 def difference(ratios: Mapping[str, Any], figure: str, different: str, same: str) -> str:
@@ -143,6 +180,8 @@ def quality_table(report: Mapping[str, Any]) -> list[list[str]]:
                 interval = metrics[side].get("ci95", {}).get(name)
                 cells.append(with_interval(metrics[side][name], interval, 4))
             table.append([name.upper(), *cells])
+    if report["served_quality"]:
+        table += _served_rows(report["served_quality"])
     if report["agreement"]:
         agreement = report["agreement"]
         for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
@@ -150,10 +189,36 @@ def quality_table(report: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
+def _served_rows(served: Mapping[str, Any]) -> list[list[str]]:
+    users = count(served["users"], "user")
+    rows = []
+    for metric in ("hr@10", "ndcg@10"):
+        sides = [served[name] for name in SIDES]
+        cells = [with_interval(side[metric], side["ci95"][metric], 4) for side in sides]
+        rows.append([f"{metric.upper()} over HTTP, {users}", *cells])
+        kept, interval = served["retained"][metric], served["retained"]["ci95"][metric]
+        rows.append([f"{metric.upper()} kept, user by user", "", _share(kept, interval)])
+        if served["offline"]:
+            changes = [f"{served['offline'][name][metric]:+.4f}" for name in SIDES]
+            rows.append([f"{metric.upper()} over HTTP minus offline", *changes])
+    agreement = served["agreement"]
+    for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
+        rows.append([f"{label}, {users}", "", with_interval(agreement[name], agreement["ci95"][name], 3)])
+    return rows
+
+
+def _share(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "no ratio to 0"
+    return f"{value:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as tables for a pull request or a README."""
     tables = [load_table(report), memory_table(report), quality_table(report)]
-    return "\n\n".join([report["verdict"], *(_markdown_table(table) for table in tables)]) + "\n"
+    if report["capacity"]:
+        tables.insert(1, capacity_table(report))
+    return "\n\n".join([report["verdict"], *(markdown_table(table) for table in tables)]) + "\n"
 
 
 def mib(num_bytes: float | None) -> str:
@@ -169,7 +234,8 @@ def with_interval(value: float | None, interval: Sequence[float] | None, digits:
     return f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else text
 
 
-def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Return rows of text, the header first, as Markdown."""
     header, *rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,8 +1,6 @@
 """The machine-readable report: the content of `report.json`, with stable keys."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -16,6 +14,7 @@ from loadtest.lag import lag_quantiles
 from loadtest.load import Load
 from loadtest.memory import MemoryWatch
 from loadtest.report import LATENCIES, verdict
+from loadtest.saved_runs import pack
 from loadtest.session import NOISE_SIDE, Session
 
 FORMAT = 1
@@ -45,8 +44,10 @@ def build(
         "levels": levels,
         "speedup": _speedup(levels, sides),
         "noise": _noise(session, seed),
+        "capacity": session.capacity.to_json(settings["price_per_hour"]) if session.capacity else None,
         "agreement": _agreement(session, seed),
         "quality": quality,
+        "served_quality": session.quality.to_json(quality, seed) if session.quality else None,
         "blocks": [_block(run) for run in session.runs],
         "settings": dict(settings),
         "machine": dict(machine),
@@ -54,16 +55,6 @@ def build(
     }
     report["verdict"] = verdict(report)
     return report
-
-
-def read_quality(directory: Path) -> dict[str, Any] | None:
-    """Return the offline metrics from the pruned directory's own `report.json`, where it has them."""
-    try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        metrics = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
-        return {"source": str(directory / "report.json"), "metrics": metrics, "retained": report["retained"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _side(deployment: Deployment, watch: MemoryWatch | None) -> dict[str, Any]:
@@ -197,12 +188,15 @@ def _block(run: BlockRun) -> dict[str, Any]:
     )
     return {
         **run.plan.load.to_json(),
+        "number": run.plan.number,
         "deployment": run.deployment,
         "started_at": run.started_at,
         "seconds": run.block.seconds,
         "requests": len(latencies),
+        "completed": run.block.completed,
         "failures": run.block.failures,
         "discarded": run.block.discarded,
         "p50_ms": p50,
         "p95_ms": p95,
+        "latencies_ms": pack(latencies),
     }

@@ -1,26 +1,27 @@
 """The order of a load test: agreement, warm-up, the machine's noise, then both deployments at each load."""
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
 from loadtest import http_json
 from loadtest.answers import problem_with
-from loadtest.blocks import LOCUST_START_S, BlockPlan, BlockRun, run_block
+from loadtest.blocks import LOCUST_START_S, BlockPlan, BlockRun
+from loadtest.capacity import Capacity, find_capacity
 from loadtest.deployment import Deployment, DeploymentDiedError
 from loadtest.lag import check_lag
 from loadtest.load import Load
+from loadtest.runner import WARMUP_S, BlockRunner, Surroundings
+from loadtest.served_quality import ServedQuality, TestUsers, ask_all
+from loadtest.slo import MAX_STEPS, STEP_S, Objective
 from loadtest.workload import Workload
 from models.errors import LeanRecError
 
 PAIRS = 6
 """Fewer give no interval (see compare.py), and nothing may be called a difference then."""
 MIN_WINDOW_S = 1.0
-WARMUP_S = 1.0
 FIRST_WARMUP_S = 3.0
 AGREEMENT_PROMPTS = 100
 K = 10
@@ -36,6 +37,7 @@ class Plan:
     """of one kind, rising"""
     seconds: float
     """measured time of each deployment at each load"""
+    objective: Objective | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -57,16 +59,22 @@ class Plan:
         return self.first_noise_block + 2 * self.num_pairs
 
     @property
+    def first_step_block(self) -> int:
+        """The first part for the search for the highest rate."""
+        return self.first_level_block + len(self.loads) * self.num_pairs
+
+    @property
     def num_blocks(self) -> int:
         """Parts of the prompts."""
-        return self.first_level_block + len(self.loads) * self.num_pairs
+        return self.first_step_block + (MAX_STEPS if self.objective else 0)
 
     @property
     def expected_seconds(self) -> float:
         """How long it will take, about, once both deployments are up."""
         overhead = WARMUP_S + LOCUST_START_S
         measured = 2 * (1 + len(self.loads)) * self.num_pairs * (self.window_s + overhead)
-        return measured + 2 * (FIRST_WARMUP_S + LOCUST_START_S)
+        steps = 2 * MAX_STEPS * (STEP_S + overhead) if self.objective else 0.0
+        return measured + steps + 2 * (FIRST_WARMUP_S + LOCUST_START_S)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +96,10 @@ class Session:
     """one deployment as if it were two, by pair"""
     runs: list[BlockRun] = field(default_factory=list)
     """measured blocks in the order they ran"""
+    capacity: Capacity | None = None
+    quality: ServedQuality | None = None
+    asked: dict[int, int] = field(default_factory=dict)
+    """requests of each part of the prompts that were sent to a deployment, at most"""
 
     def blocks_at(self, load: Load, deployment: str) -> list[BlockRun]:
         """Return a deployment's blocks at one load, by pair."""
@@ -95,64 +107,24 @@ class Session:
         return sorted(runs, key=lambda run: run.plan.number)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Surroundings:
-    """What the measurement works with."""
-
-    deployments: Mapping[str, Deployment]
-    workload: Workload
-    workload_path: Path
-    """where `workload` is saved for Locust"""
-    rows: Path
-    """folder for each block's CSV and log"""
-    progress: Callable[[str, float], None]
-    """called often with what is being done and the share that is done (0 to 1)"""
-    after_block: Callable[[], None]
-    """called while nothing is being measured"""
-
-
-class BlockRunner:
-    """Runs blocks and tells the progress."""
-
-    def __init__(self, surroundings: Surroundings, expected_seconds: float) -> None:
-        self._around = surroundings
-        self._expected_seconds = expected_seconds
-        self._done = 0.0
-
-    def run(self, name: str, block: BlockPlan, label: str) -> BlockRun:
-        """Run one block; `label` names it to people and names its files.
-
-        Raises:
-            DeploymentDiedError, LeanRecError
-        """
-        expected = block.warmup_s + block.window_s + LOCUST_START_S
-        began = time.monotonic()
-
-        def tick() -> None:
-            done = self._done + min(expected, time.monotonic() - began)
-            self._around.progress(label, done / self._expected_seconds)
-
-        stem = self._around.rows / label.replace(" ", "-").replace("/", "-per-").replace(".", "_")
-        run = run_block(self._around.deployments[name], block, self._around.workload_path, stem, tick)
-        self._done += expected
-        self._around.after_block()
-        return run
-
-
 def pair_order(pair: int) -> tuple[str, str]:
     """Return which deployment goes first: ABBA, then BAAB, so that a drift weighs on both alike."""
     return ("full", "pruned") if pair % 4 in (0, 3) else ("pruned", "full")
 
 
-def measure(session: Session, surroundings: Surroundings) -> None:
+def measure(session: Session, surroundings: Surroundings, users: TestUsers | None) -> None:
     """Fill `session`.
+
+    Args:
+        users: Whom to measure quality on; None to leave it out.
 
     Raises:
         DeploymentDiedError, LeanRecError: `session` holds what was measured before.
     """
     plan = session.plan
-    runner = BlockRunner(surroundings, plan.expected_seconds)
+    runner = BlockRunner(surroundings, plan.expected_seconds, session.asked)
     session.agreement = compare_answers(surroundings.deployments, surroundings.workload)
+    session.asked[0] = len(session.agreement.overlap)
     heaviest = max(plan.loads, key=lambda load: load.size)
     for name in ("full", "pruned"):
         block = BlockPlan(number=1, load=heaviest, warmup_s=0, window_s=FIRST_WARMUP_S)
@@ -176,6 +148,18 @@ def measure(session: Session, surroundings: Surroundings) -> None:
             for name in pair_order(pair):
                 session.runs.append(measured(name, number, load, f"{load} pair {pair + 1} {name}"))
             number += 1
+    if plan.objective:
+        session.capacity = Capacity(objective=plan.objective)
+        first_rates = {name: _throughput(session.blocks_at(heaviest, name)) for name in ("full", "pruned")}
+        find_capacity(session.capacity, runner, first_rates, plan.first_step_block)
+    if users:
+        # Last: these histories would lie in the prefix caches.
+        session.quality = ask_all(surroundings.deployments, users, surroundings.progress)
+
+
+def _throughput(runs: Sequence[BlockRun]) -> float:
+    """Return correct answers per second over blocks."""
+    return sum(run.block.completed for run in runs) / sum(run.block.seconds for run in runs)
 
 
 def compare_answers(deployments: Mapping[str, Deployment], workload: Workload) -> Agreement:

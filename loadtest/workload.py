@@ -41,6 +41,7 @@ class Workload:
     """how many disjoint parts the run's fresh prompts are dealt into"""
     replayed: Mapping[str, Sequence[Sequence[str]]] = field(default_factory=dict)
     """prompts of a saved log by block, in place of those drawn here"""
+    replayed_times: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def prompts(self, block: int) -> Iterator[list[str]]:
         """Yield block `block`'s prompts; the same for every deployment, and none of another block's fresh."""
@@ -54,6 +55,8 @@ class Workload:
 
     def send_times(self, block: int, rate: float) -> Iterator[float]:
         """Yield when to send block `block`'s requests in an open loop, in seconds after its start."""
+        if str(block) in self.replayed_times:
+            return iter(self.replayed_times[str(block)])
         return poisson_times(rate, f"{self.seed}/{block}/times")
 
 

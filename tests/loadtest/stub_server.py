@@ -64,7 +64,8 @@ def answer(stub: dict[str, Any], item_ids: list[str], body: dict[str, Any]) -> d
     def draw(item_id: str) -> bytes:
         return hashlib.blake2b("/".join([stub["name"], item_id, *body["history"]]).encode()).digest()
 
-    kept = sorted(set(item_ids) - set(body["history"]), key=draw)[: body["k"]]
+    excluded = body["history"] if body.get("exclude_history", True) else []
+    kept = sorted(set(item_ids) - set(excluded), key=draw)[: body["k"]]
     items = [
         {"rank": rank, "item_id": item_id, "title": f"Title {item_id}", "score": -0.5 * rank}
         for rank, item_id in enumerate(kept, 1)
