@@ -76,7 +76,11 @@ def _gain(speedup: Mapping[str, Any], figure: str, word: str) -> str:
     value = speedup[figure]
     if value is None:
         return "not stated: too few requests"
-    return f"{with_interval(value, speedup['ci95'][figure], 2)} times {word}"
+    interval = speedup["ci95"][figure]
+    stated = with_interval(value, interval, 2)
+    if interval is None or interval[0] <= 1 <= interval[1]:
+        return f"{stated}, no difference shown"
+    return f"{stated} times {word}"
 
 
 def _markdown(rows: Sequence[Row]) -> str:

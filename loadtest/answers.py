@@ -8,13 +8,19 @@ from typing import Any
 
 
 def problem_with(
-    answer: Any, *, history: Sequence[str], k: int, item_ids: AbstractSet[str] | None = None
+    answer: Any,
+    *,
+    history: Sequence[str],
+    k: int,
+    item_ids: AbstractSet[str] | None = None,
+    excludes_history: bool = True,
 ) -> str | None:
     """Return what is wrong with a parsed answer, or None.
 
-    Correct is: `k` distinct items of the catalogue, none of them in the history, ranked 1 to `k`, with finite
-    scores that never rise; fewer only where the catalogue holds fewer. An answer to a history of which no
-    item was known is the cold-start list and says nothing about the model, so it counts as wrong.
+    Correct is: `k` distinct items of the catalogue, none of them in the history that is left out, ranked 1 to
+    `k`, with finite scores that never rise; fewer only where the catalogue holds fewer. An answer to a
+    history of which no item was known is the cold-start list and says nothing about the model, so it counts
+    as wrong.
     """
     if not isinstance(answer, dict) or not isinstance(answer.get("items"), list):
         return "the answer is not an object with a list of items"
@@ -24,7 +30,8 @@ def problem_with(
         scores = [float(item["score"]) for item in answer["items"]]
     except (TypeError, KeyError, ValueError):
         return "an item lacks item_id, rank or score"
-    expected = k if item_ids is None else min(k, len(item_ids) - len(set(history)))
+    excluded = set(history) if excludes_history else set()
+    expected = k if item_ids is None else min(k, len(item_ids) - len(excluded))
     checks = (
         (len(answered) == expected, f"{len(answered)} items in place of {expected}"),
         (len(set(answered)) == len(answered), "an item stands twice"),
@@ -32,7 +39,7 @@ def problem_with(
         (all(map(isfinite, scores)), "a score is not a finite number"),
         (all(earlier >= later for earlier, later in pairwise(scores)), "the scores do not descend"),
         (item_ids is None or set(answered) <= item_ids, "an item is not in the catalogue"),
-        (set(answered).isdisjoint(history), "an item of the history is recommended"),
+        (excluded.isdisjoint(answered), "an item of the history is recommended"),
         (not answer.get("cold_start") or not history, "a cold-start answer: no item of the history is known"),
     )
     return next((problem for passed, problem in checks if not passed), None)

@@ -3,10 +3,14 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Any
+
+from loadtest.fail_if import Condition, parse_condition
+from loadtest.slo import Objective, parse_objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +21,20 @@ class Arguments:
     pruned: str
     data: str | None
     users: tuple[int, ...]
+    rates: tuple[float, ...]
+    """requests per second of an open loop; empty for a closed loop of users"""
     seconds: float
-    returning: bool
+    returning: float
+    """share of the requests"""
     out: Path | None
     seed: int
+    quality_users: int | None
+    """at most so many test users; None for all"""
+    save_requests: Path | None
+    replay: Path | None
+    objective: Objective | None
+    price_per_hour: float | None
+    fail_if: tuple[Condition, ...]
     command: str
 
     @property
@@ -33,7 +47,8 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser = argparse.ArgumentParser(
         prog="loadtest",
         description="Compare the full and the pruned deployment under load: speed, memory, agreement.",
-        epilog="exit codes: 0 measured, 1 failed (a partial report is kept), 2 wrong usage",
+        epilog="`loadtest compare A.json B.json` compares two saved runs. "
+        "exit codes: 0 measured, 1 failed (a partial report is kept) or a --fail-if holds, 2 wrong usage",
     )
     target = "recommender directory, served for the test, or URL of a running service"
     parser.add_argument("--full", required=True, metavar="DIR|URL", help=target)
@@ -41,30 +56,113 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser.add_argument(
         "--data", help="data set whose test histories are sent (default: the one the model was trained on)"
     )
-    parser.add_argument(
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument(
         "--users",
         type=_users,
         default=(1, 4, 16),
         metavar="N,N,...",
-        help="numbers of users who ask at the same time (default: 1,4,16)",
+        help="numbers of users, each of whom asks again when answered: a closed loop (default: 1,4,16)",
+    )
+    load.add_argument(
+        "--rate",
+        type=_rates,
+        dest="rates",
+        default=(),
+        metavar="R[,R...]",
+        help="requests per second in place of users: an open loop, sent at random times whatever is answered",
     )
     parser.add_argument(
         "--seconds",
         type=_seconds,
         default=30.0,
         metavar="N",
-        help="measured seconds of each deployment at each number of users, in up to 6 blocks (default: 30)",
+        help="measured seconds of each deployment at each load, in 6 blocks; below 6 in fewer, "
+        "and without intervals (default: 30)",
     )
     parser.add_argument(
         "--returning",
-        action="store_true",
-        help="users come back after each new item (default: no prompt is ever repeated)",
+        type=_share,
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the requests from users who come back after each new item; 1 without a number "
+        "(default: 0, no prompt is ever repeated)",
+    )
+    parser.add_argument(
+        "--save-requests",
+        type=Path,
+        metavar="FILE",
+        help="save every request of the test, in its order and with its time",
+    )
+    parser.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="send the requests of a saved file; load, --seconds and data have to be those it was saved with",
+    )
+    parser.add_argument(
+        "--quality-users",
+        type=_num_users,
+        metavar="N",
+        help="test users to measure HR@10 and NDCG@10 on over HTTP, after the load (default: all; 0: none)",
     )
     parser.add_argument("--out", type=Path, help="output directory (default: runs/DATA/loadtest)")
     parser.add_argument("--seed", type=int, default=0, help="of prompts and intervals (default: 0)")
+    parser.add_argument(
+        "--slo",
+        type=_parsed_by(parse_objective),
+        dest="objective",
+        metavar="pNN=TIME",
+        help="an objective like p99=200ms: find the highest rate at which each deployment meets it",
+    )
+    parser.add_argument(
+        "--price-per-hour",
+        type=_price,
+        metavar="N",
+        help="price of the machine a deployment runs on; with --slo: what a million recommendations cost",
+    )
+    parser.add_argument(
+        "--fail-if",
+        type=_parsed_by(parse_condition),
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help="exit with 1 if a figure of report.json is so, like 'speedup.p95<5'; may be given several times",
+    )
     options = vars(parser.parse_args(argv))
     words = list(argv) if argv is not None else sys.argv[1:]
+    if options["price_per_hour"] is not None and options["objective"] is None:
+        parser.error("argument --price-per-hour: needs --slo, which finds the rate that is paid for")
+    options["fail_if"] = tuple(options["fail_if"])
     return Arguments(**options, command=shlex.join(["loadtest", *words]))
+
+
+def _parsed_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parsed
+
+
+def _num_users(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of users, 0 or more")
+    return int(text)
+
+
+def _price(text: str) -> float:
+    try:
+        price = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a price like 1.20") from error
+    if not isfinite(price) or price <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: has to be above 0")
+    return price
 
 
 def _users(text: str) -> tuple[int, ...]:
@@ -77,6 +175,28 @@ def _users(text: str) -> tuple[int, ...]:
     if len(set(numbers)) != len(numbers):
         raise argparse.ArgumentTypeError(f"{text!r}: a number of users stands twice")
     return tuple(sorted(numbers))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    try:
+        rates = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 20,50.5") from error
+    if not all(0 < rate <= 100_000 for rate in rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: each rate has to be above 0 and at most 100000")
+    if len(set(rates)) != len(rates):
+        raise argparse.ArgumentTypeError(f"{text!r}: a rate stands twice")
+    return tuple(sorted(rates))
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share like 0.3") from error
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: has to be from 0 to 1")
+    return share
 
 
 def _seconds(text: str) -> float:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from loadtest.compare import Block
 from loadtest.deployment import Deployment, log_tail
+from loadtest.load import Load
 from loadtest.memory import cpu_seconds
 from loadtest.processes import child_process, kill
 from models.errors import LeanRecError
@@ -31,7 +32,7 @@ class BlockPlan:
 
     number: int
     """which part of the workload's prompts; both deployments of a pair get the same"""
-    users: int
+    load: Load
     warmup_s: float
     window_s: float
 
@@ -49,15 +50,38 @@ class BlockRun:
     """what was wrong with the failed requests of the window, and how often"""
     cpu_seconds_per_request: float | None
     """of the deployment, warm-up included; None where it was not started here"""
+    num_requests: int = 0
+    """sent in all, those of the warm-up too"""
+    lag_ms: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """open loop: how late the generator sent each request of the window, float64 `[sent]`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What the locustfile wrote of one block."""
+
+    block: Block
+    problems: Mapping[str, int]
+    """what was wrong with the failed requests of the window, and how often"""
+    num_requests: int
+    """of the warm-up too"""
+    lag_ms: np.ndarray
 
 
 def run_block(
-    deployment: Deployment, plan: BlockPlan, workload: Path, stem: Path, on_tick: Callable[[], None]
+    deployment: Deployment,
+    plan: BlockPlan,
+    workload: Path,
+    stem: Path,
+    on_tick: Callable[[], None],
+    *,
+    replayed: bool = False,
 ) -> BlockRun:
     """Run one block and return what was measured; leaves `STEM.csv` and `STEM.log`.
 
     Args:
         on_tick: Called several times a second.
+        replayed: Whether the prompts are those of a saved log.
 
     Raises:
         DeploymentDiedError: the deployment went away meanwhile.
@@ -71,30 +95,34 @@ def run_block(
     deployment.check_alive()
     if exit_code == OUT_OF_PROMPTS_EXIT_CODE:
         raise LeanRecError(
-            "the test split has no fresh prompts left; give fewer --seconds, more data, or --returning"
+            "the test split has no fresh prompts left; give fewer --seconds, more data, or --returning 1"
+            if not replayed
+            else "the replayed log has no requests left: this deployment is faster than the saved one"
         )
     if exit_code != 0:
         raise LeanRecError(f"Locust ended with exit code {exit_code}{log_tail(log)}")
-    block, problems, num_requests = read_rows(rows, plan)
+    found = read_rows(rows, plan)
     cpu_after = cpu_seconds(pid) if pid else None
     cpu = None
-    if cpu_before is not None and cpu_after is not None and num_requests:
-        cpu = (cpu_after - cpu_before) / num_requests
+    if cpu_before is not None and cpu_after is not None and found.num_requests:
+        cpu = (cpu_after - cpu_before) / found.num_requests
     return BlockRun(
         deployment=deployment.name,
         plan=plan,
         started_at=started_at,
-        block=block,
-        problems=problems,
+        block=found.block,
+        problems=found.problems,
         cpu_seconds_per_request=cpu,
+        num_requests=found.num_requests,
+        lag_ms=found.lag_ms,
     )
 
 
-def read_rows(path: Path, plan: BlockPlan) -> tuple[Block, Mapping[str, int], int]:
-    """Return a block from the locustfile's rows, what its failures were, and the number of all rows.
+def read_rows(path: Path, plan: BlockPlan) -> Rows:
+    """Return what the locustfile's rows say of a block.
 
-    A request belongs to the window in which it was sent, however late the answer came; an answer counts for
-    the throughput of the window in which it arrived. A timeout keeps its place among the latencies.
+    A request belongs to the window in which it was to be sent, however late the answer came; an answer counts
+    for the throughput of the window in which it arrived. A timeout keeps its place among the latencies.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -111,8 +139,15 @@ def read_rows(path: Path, plan: BlockPlan) -> tuple[Block, Mapping[str, int], in
         seconds=plan.window_s,
         failures=int((sent_inside & ~correct).sum()),
         discarded=int((~sent_inside).sum()),
+        sent=int(sent_inside.sum()),
     )
-    return block, Counter(failure[sent_inside & ~correct].tolist()), len(rows)
+    lag_ms = np.array([float(row["lag_ms"] or "nan") for row in rows])[sent_inside]
+    return Rows(
+        block=block,
+        problems=Counter(failure[sent_inside & ~correct].tolist()),
+        num_requests=len(rows),
+        lag_ms=lag_ms[~np.isnan(lag_ms)],
+    )
 
 
 def _run_locust(
@@ -127,7 +162,9 @@ def _run_locust(
     seconds = plan.warmup_s + plan.window_s
     # -P: a file in the working directory must not stand in for one of Locust's modules.
     command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
-    command += ["--users", str(plan.users), "--spawn-rate", str(plan.users)]
+    # In an open loop one Locust user sends the requests of all.
+    users = str(plan.load.users or 1)
+    command += ["--users", users, "--spawn-rate", users]
     command += ["--stop-timeout", str(ceil(REQUEST_TIMEOUT_S))]
     command += ["--host", deployment.url, "--exit-code-on-error", "0", "--only-summary"]
     # LOCUST_* of the caller's environment would change the run.
@@ -139,6 +176,8 @@ def _run_locust(
         "LEANREC_ROWS": str(rows.resolve()),
         "LEANREC_TIMEOUT": str(REQUEST_TIMEOUT_S),
     }
+    if plan.load.rate is not None:
+        environment["LEANREC_RATE"] = repr(plan.load.rate)
     latest = time.monotonic() + seconds + REQUEST_TIMEOUT_S + 60
     with child_process(command, log=log, stop=kill, environment=environment) as process:
         while (exit_code := process.poll()) is None:

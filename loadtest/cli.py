@@ -8,11 +8,21 @@ from models.errors import run_command
 
 def main(argv: list[str] | None = None) -> int:
     """Run the load test and return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["compare"]:
+        return _compare(words[1:])
     arguments = parse(argv)
     # After parsing, so that --help comes at once.
     from loadtest.comparison import compare_deployments
 
     return compare_deployments(arguments)
+
+
+def _compare(words: list[str]) -> int:
+    from loadtest.saved_runs import compare_saved, parse_compare
+
+    print(compare_saved(*parse_compare(words)), end="")
+    return 0
 
 
 def run() -> None:

@@ -12,11 +12,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from loadtest.percentiles import MIN_REQUESTS_FOR_P99, PERCENTILES
 from models.errors import LeanRecError
 
-PERCENTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
-MIN_REQUESTS_FOR_P99 = 100
-"""Below it a p99 is only the slowest request seen."""
 MIN_BLOCKS_FOR_INTERVAL = 6
 """Below it even the range of all resamples holds the true value less than 95 times in 100: 1 - 2 / 2**n."""
 NUM_RESAMPLES = 4000
@@ -44,6 +42,8 @@ class Block:
     failures: int = 0
     discarded: int = 0
     """requests of the block started outside the window: its warm-up and its end"""
+    sent: int = 0
+    """requests started inside the window, whatever came of them"""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,53 @@ def speedup(full: Sequence[Block], pruned: Sequence[Block], *, seed: int = 0) ->
     figures["throughput"] = _measured(_ratio(throughput(pruned), throughput(full)), weights, counts)
     fewest = min(sum(len(block.latencies_ms) for block in blocks) for blocks in (full, pruned))
     return _refuse_p99(figures, fewest)
+
+
+def between_runs(
+    before: Sequence[Sequence[Block]], after: Sequence[Sequence[Block]], *, seed: int = 0
+) -> dict[str, Measured]:
+    """Return how many times better a later run is; its blocks have no partners in the earlier one.
+
+    Args:
+        before, after: One deployment's blocks; or two deployments' blocks by pair, whose ratio is compared.
+
+    Raises:
+        LeanRecError: a block in which no request was answered.
+    """
+    for blocks in (*before, *after):
+        check_not_empty(blocks)
+    sizes = len(before[0]), len(after[0])
+    drawn = [_draw(size, f) for size, f in zip(sizes, (seed, seed + 1), strict=True)]
+
+    def gain(better: Callable[[Sequence[Block]], Statistic], *, lower_is_better: bool) -> Measured:
+        sides = [[better(blocks) for blocks in run] for run in (before, after)]
+
+        def ratio(weights: Sequence[np.ndarray]) -> np.ndarray:
+            then, now = (
+                run[0](w) / run[1](w) if len(run) == 2 else run[0](w)
+                for run, w in zip(sides, weights, strict=True)
+            )
+            return then / now if lower_is_better else now / then
+
+        value = float(ratio([np.ones((1, size), np.int64) for size in sizes])[0])
+        if min(sizes) < MIN_BLOCKS_FOR_INTERVAL:
+            return Measured(value, None, _too_few(min(sizes)))
+        tail = _tail(min(sizes))
+        low, high = np.quantile(ratio(drawn), [tail, 1 - tail])
+        return Measured(value, (float(low), float(high)))
+
+    figures = {
+        name: gain(lambda blocks, q=q: latency_quantile(blocks, q), lower_is_better=True)  # type: ignore[misc]
+        for name, q in PERCENTILES.items()
+    }
+    figures["throughput"] = gain(throughput, lower_is_better=False)
+    fewest = min(sum(len(block.latencies_ms) for block in blocks) for blocks in (*before, *after))
+    return _refuse_p99(figures, fewest)
+
+
+def is_difference(ratio: Measured) -> bool:
+    """Whether a ratio is shown to differ from 1: its interval excludes 1."""
+    return ratio.interval is not None and not ratio.interval[0] <= 1 <= ratio.interval[1]
 
 
 def mean(values: np.ndarray, *, seed: int = 0) -> Measured:
@@ -147,17 +194,23 @@ def _ratio(over: Statistic, under: Statistic) -> Statistic:
 
 def _resamples(num_blocks: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the distinct resamples as counts `[resamples, blocks]`, and how often each was drawn."""
+    return np.unique(_draw(num_blocks, seed), axis=0, return_counts=True)
+
+
+def _draw(num_blocks: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=NUM_RESAMPLES)
-    return np.unique(drawn, axis=0, return_counts=True)
+    return rng.multinomial(num_blocks, np.full(num_blocks, 1 / num_blocks), size=NUM_RESAMPLES)
+
+
+def _too_few(num_blocks: int) -> str:
+    return f"{num_blocks} blocks; an interval needs at least {MIN_BLOCKS_FOR_INTERVAL}"
 
 
 def _measured(statistic: Statistic, weights: np.ndarray, counts: np.ndarray) -> Measured:
     num_blocks = weights.shape[1]
     value = float(statistic(np.ones((1, num_blocks), np.int64))[0])
     if num_blocks < MIN_BLOCKS_FOR_INTERVAL:
-        reason = f"{num_blocks} blocks; an interval needs at least {MIN_BLOCKS_FOR_INTERVAL}"
-        return Measured(value, None, reason)
+        return Measured(value, None, _too_few(num_blocks))
     tail = _tail(num_blocks)
     low, high = np.quantile(np.repeat(statistic(weights), counts), [tail, 1 - tail])
     return Measured(value, (float(low), float(high)))

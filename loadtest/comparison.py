@@ -1,7 +1,6 @@
-"""The whole load test: inputs checked, deployments started, measured and stopped, reports written."""
+"""The whole load test: deployments started, measured and stopped, reports written."""
 
 import importlib.util
-import shutil
 import signal
 import sys
 import tempfile
@@ -16,18 +15,16 @@ from tqdm import tqdm
 
 from loadtest import results, workload
 from loadtest.arguments import Arguments
-from loadtest.deployment import Deployment, attached, equal_kv_cache_bytes, is_url, started
-from loadtest.inputs import make_workload, read_description, trained_on
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.deployment import Deployment, equal_kv_cache_bytes, started
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
+from loadtest.preparation import Preparation, log_header, prepare
 from loadtest.report import markdown
-from loadtest.session import WARMUP_S, Plan, Session, measure
+from loadtest.request_log import save_log
+from loadtest.runner import Surroundings
+from loadtest.session import Session, measure
 from models.atomic import write_json, write_text
 from models.errors import LeanRecError
-
-OUTPUTS = ("report.json", "report.html", "report.md", "requests", "logs")
-"""What a run writes, and what the next run into the same directory replaces."""
 
 Progress = Callable[[str, float], None]
 
@@ -53,77 +50,58 @@ def compare_deployments(arguments: Arguments) -> int:
     """
     if importlib.util.find_spec("locust") is None:
         raise LeanRecError("Locust is not installed; install it with: pip install 'leanrec[loadtest]'")
-    targets = arguments.targets
-    described = {name: read_description(name, Path(t)) for name, t in targets.items() if not is_url(t)}
-    sides = Sides(deployments={name: attached(name, t) for name, t in targets.items() if is_url(t)})
-    data = arguments.data or trained_on(described.values())
-    max_histories = [
-        *(entry["prompt"]["max_history"] for entry in described.values()),
-        *(running.model["max_history"] for running in sides.deployments.values()),
-    ]
-    plan = Plan(users=arguments.users, seconds=arguments.seconds)
-    prompts = make_workload(
-        data,
-        max_history=min(max_histories),
-        returning=arguments.returning,
-        seed=arguments.seed,
-        num_blocks=plan.num_blocks,
-    )
-    out = arguments.out or Path("runs", Path(data).name, "loadtest")
-    _prepare(out)
+    preparation = prepare(arguments)
+    out, sides = preparation.out, Sides(deployments=dict(preparation.attached))
     signal.signal(signal.SIGTERM, _interrupt)
-    machine = describe_machine()
-    session = Session(plan=plan)
+    session = Session(plan=preparation.plan)
 
     def write(incomplete: str | None) -> dict[str, Any]:
         report = results.build(
-            session,
-            sides.deployments,
-            sides.watches,
-            settings=_settings(arguments, data, plan, prompts),
-            quality=results.read_quality(Path(arguments.pruned)),
-            machine=machine,
-            versions=describe_versions(),
-            incomplete=incomplete,
+            session, sides.deployments, sides.watches, **preparation.known, incomplete=incomplete
         )
         write_text(out / "report.html", render(report))
         write_text(out / "report.md", markdown(report))
         write_json(out / "report.json", report)
         return report
 
-    report = _run(arguments, sides, session, prompts, out=out, write=write)
+    report = _run(arguments, preparation, sides, session, write)
     print(markdown(report))
     print(out / "report.html")
     if report["incomplete"]:
         raise LeanRecError(f"{report['incomplete']}\nwhat was measured until then: {out / 'report.html'}")
-    return 0
+    if arguments.save_requests:
+        _save_requests(arguments.save_requests, preparation, session)
+    failures = [failure for condition in arguments.fail_if if (failure := condition.failure(report))]
+    for failure in failures:
+        print(failure, file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _run(
     arguments: Arguments,
+    preparation: Preparation,
     sides: Sides,
     session: Session,
-    prompts: workload.Workload,
-    *,
-    out: Path,
     write: Callable[[str | None], dict[str, Any]],
 ) -> dict[str, Any]:
     """Start what has to be started, measure, and write the report before anything is stopped."""
+    out = preparation.out
     with ExitStack() as stack:
         temporary = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loadtest-")))
-        workload.save(prompts, temporary / "workload.json")
+        workload.save(preparation.workload, temporary / "workload.json")
         progress = stack.enter_context(_progress_bar(session.plan.expected_seconds))
-        _start(stack, arguments, sides, out / "logs", progress)
+        waiting = max(load.expected_waiting for load in session.plan.loads)
+        _start(stack, arguments, sides, waiting, logs=out / "logs", progress=progress)
+        surroundings = Surroundings(
+            deployments=sides.deployments,
+            workload=preparation.workload,
+            workload_path=temporary / "workload.json",
+            rows=out / "requests",
+            progress=progress,
+            after_block=sides.sample_memory,
+        )
         try:
-            measure(
-                session,
-                sides.deployments,
-                prompts,
-                workload_path=temporary / "workload.json",
-                rows=out / "requests",
-                progress=progress,
-                after_block=sides.sample_memory,
-            )
+            measure(session, surroundings, preparation.users)
         except LeanRecError as error:
             return write(str(error))
         except KeyboardInterrupt:
@@ -132,12 +110,18 @@ def _run(
         return write(None)
 
 
-def _start(stack: ExitStack, arguments: Arguments, sides: Sides, logs: Path, progress: Progress) -> None:
-    """Start what is not attached, one after the other, so that neither start slows the other."""
+def _start(
+    stack: ExitStack, arguments: Arguments, sides: Sides, waiting: int, *, logs: Path, progress: Progress
+) -> None:
+    """Start what is not attached, one after the other, so that neither start slows the other.
+
+    Args:
+        waiting: Requests that are answered at the same time, about.
+    """
     to_start = {name: Path(t) for name, t in arguments.targets.items() if name not in sides.deployments}
     running = list(sides.deployments.values())
     if to_start:
-        kv_cache_bytes = equal_kv_cache_bytes(list(to_start.values()), running, max(arguments.users))
+        kv_cache_bytes = equal_kv_cache_bytes(list(to_start.values()), running, waiting)
     for name, directory in to_start.items():
         log = logs / f"serve-{name}.log"
         tqdm.write(f"starting the {name} deployment, log in {log}", file=sys.stderr)
@@ -155,38 +139,18 @@ def _start(stack: ExitStack, arguments: Arguments, sides: Sides, logs: Path, pro
     sides.sample_memory()
 
 
-def _settings(arguments: Arguments, data: str, plan: Plan, prompts: workload.Workload) -> dict[str, Any]:
-    return {
-        "command": arguments.command,
-        "data": data,
-        "histories": len(prompts.histories),
-        "max_history": prompts.max_history,
-        "users": list(plan.users),
-        "seconds": plan.seconds,
-        "pairs": plan.num_pairs,
-        "window_seconds": plan.window_s,
-        "warmup_seconds": WARMUP_S,
-        "returning": arguments.returning,
-        "seed": arguments.seed,
-    }
-
-
-def _prepare(out: Path) -> None:
-    """Make the output directory, and remove what an earlier run left in it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise LeanRecError(f"--out {out}: cannot be written ({error.strerror}); choose another") from error
-    for name in OUTPUTS:
-        path = out / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    (out / "requests").mkdir()
-    (out / "logs").mkdir()
+def _save_requests(path: Path, preparation: Preparation, session: Session) -> None:
+    """Save what both deployments were asked, but for the search, whose rates follow from the answers."""
+    measured = [*session.noise[0], *session.noise[1], *session.runs]
+    rates = {run.plan.number: run.plan.load.rate for run in measured if run.plan.load.rate}
+    heaviest = session.plan.loads[-1]
+    if heaviest.rate:
+        # The warm-up.
+        rates[1] = heaviest.rate
+    first_step = session.plan.first_step_block
+    asked = {block: number for block, number in session.asked.items() if block < first_step}
+    header = log_header(preparation.known["settings"])
+    save_log(path, preparation.workload, header=header, asked=asked, rates=rates)
 
 
 @contextmanager

@@ -1,13 +1,15 @@
-"""What is read before anything starts: the recommender directories and the test histories."""
+"""What is read before anything starts: the recommender directories, their quality, the test histories."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from loadtest.served_quality import TestUsers
 from loadtest.workload import Workload
-from models.data import load_data
+from models.data import Dataset
 from models.errors import LeanRecError, UsageError
 
 MAX_HISTORIES = 20_000
@@ -49,17 +51,33 @@ def trained_on(sources: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
-def make_workload(data: str, *, max_history: int, returning: bool, seed: int, num_blocks: int) -> Workload:
+def read_quality(directory: Path) -> dict[str, Any] | None:
+    """Return the offline metrics from the pruned directory's own `report.json`, where it has them."""
+    try:
+        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+        metrics = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
+        return {"source": str(directory / "report.json"), "metrics": metrics, "retained": report["retained"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def digest(workload: Workload) -> str:
+    """Return a short digest of the catalogue and the histories, by which two runs know the same data."""
+    content = json.dumps([workload.item_ids, workload.histories]).encode()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def make_workload(
+    dataset: Dataset, *, max_history: int, returning: float, seed: int, num_blocks: int
+) -> Workload:
     """Return the test users' histories as a workload.
 
     Args:
         max_history: The longest prompt that neither deployment shortens, in items.
 
     Raises:
-        UsageError: no such data set.
-        LeanRecError: it cannot be read, or has no test user with a history.
+        LeanRecError: no test user has a history.
     """
-    dataset = load_data(data)
     ids = dataset.catalog.item_ids
     rows = list(range(len(dataset.test)))
     if len(rows) > MAX_HISTORIES:
@@ -67,7 +85,7 @@ def make_workload(data: str, *, max_history: int, returning: bool, seed: int, nu
     histories = [[ids[item] for item in dataset.test.histories[row]] for row in rows]
     histories = [history for history in histories if history]
     if not histories:
-        raise LeanRecError(f"--data {data}: its test split has no user with a history; give other data")
+        raise LeanRecError(f"--data {dataset.name}: no test user has a history; give other data")
     return Workload(
         item_ids=ids,
         histories=histories,
@@ -75,4 +93,19 @@ def make_workload(data: str, *, max_history: int, returning: bool, seed: int, nu
         returning=returning,
         seed=seed,
         num_blocks=num_blocks,
+    )
+
+
+def make_test_users(dataset: Dataset, limit: int | None, seed: int) -> TestUsers | None:
+    """Return the test users with a history, at most `limit` of them chosen by `seed`; None for none."""
+    examples = dataset.test if limit is None else dataset.test.sample(limit, seed)
+    ids = dataset.catalog.item_ids
+    rows = [row for row in range(len(examples)) if len(examples.histories[row])]
+    if not rows or limit == 0:
+        return None
+    return TestUsers(
+        user_ids=[examples.histories.user_ids[row] for row in rows],
+        histories=[[ids[item] for item in examples.histories[row]] for row in rows],
+        targets=[ids[int(examples.targets[row])] for row in rows],
+        titles=dict(zip(ids, dataset.catalog.titles, strict=True)),
     )

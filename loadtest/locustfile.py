@@ -1,4 +1,4 @@
-"""One closed-loop user after another asks for recommendations.
+"""Users ask for recommendations: each after its last answer, or at set times whatever is answered.
 
 Works by itself in Locust's web UI:
 
@@ -9,6 +9,7 @@ headless, a block at a time, and sets
     LEANREC_WORKLOAD  the JSON file with catalogue and histories
     LEANREC_BLOCK     which of the workload's blocks to ask
     LEANREC_SECONDS   when to end
+    LEANREC_RATE      requests per second of an open loop; without it each user waits for its answer
     LEANREC_TIMEOUT   seconds after which a request is given up
     LEANREC_ROWS      the CSV file that gets one row a request; Locust's own percentiles are bucketed, and its
                       `_stats.csv` loses the end of a run
@@ -27,13 +28,18 @@ from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 import gevent
+from gevent.pool import Group
 from locust import FastHttpUser, constant, events, task
+from locust.exception import StopUser
 
 from loadtest.answers import problem_with
 from loadtest.workload import Workload, load
 
 K = 10
 TIMEOUT_S = float(os.environ.get("LEANREC_TIMEOUT", "60"))
+RATE = float(os.environ["LEANREC_RATE"]) if os.environ.get("LEANREC_RATE") else None
+MAX_OUTSTANDING = 5000
+"""Connections of an open loop. Requests beyond wait for one, and their latency holds that wait."""
 GIVE_UP_AFTER = 50
 """Connection failures in a row after which the deployment counts as gone."""
 OUT_OF_PROMPTS_EXIT_CODE = 3
@@ -49,6 +55,8 @@ class Run:
 
     item_ids: frozenset[str] | None = None
     prompts: Iterator[list[str]] = iter(())
+    send_times: Iterator[float] = iter(())
+    """seconds after the start; open loop only"""
     connection_failures = 0
     started_at = 0.0
 
@@ -69,7 +77,10 @@ def prepare(environment: Any, **_: Any) -> None:
     """Draw the block's prompts and open the file for the rows."""
     path = os.environ.get("LEANREC_WORKLOAD")
     workload = load(Path(path)) if path else catalogue_workload(environment.host.rstrip("/"))
-    prompts = workload.prompts(int(os.environ.get("LEANREC_BLOCK", "0")))
+    block = int(os.environ.get("LEANREC_BLOCK", "0"))
+    prompts = workload.prompts(block)
+    if RATE is not None:
+        Run.send_times = workload.send_times(block, RATE)
     Run.prompts = chain(list(islice(prompts, PREPARED)), prompts)
     # Of a catalogue only the most popular items were listed: an answer may name others.
     Run.item_ids = frozenset(workload.item_ids) if path else None
@@ -93,38 +104,50 @@ def quit_after(environment: Any, seconds: float) -> None:
 
 
 def record_rows(environment: Any, path: str) -> None:
-    """Write one row a request: start (s after the test's), latency (ms), HTTP status, what was wrong."""
+    """Write one row a request: start (s after the test's), latency (ms), lag (ms), status, what was wrong.
+
+    In an open loop start and latency count from when the request was to be sent, and the lag is how much
+    later it was; in a closed loop there is no lag.
+    """
     file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 - closed by the last event
     writer = csv.writer(file)
-    writer.writerow(["start_s", "latency_ms", "status", "failure"])
+    writer.writerow(["start_s", "latency_ms", "lag_ms", "status", "failure"])
 
-    def row(start_time: float, response_time: float, response: Any, exception: Any, **_: Any) -> None:
+    def row(
+        start_time: float, response_time: float, response: Any, exception: Any, context: Any, **_: Any
+    ) -> None:
         status = getattr(response, "status_code", 0)
         failure = "" if exception is None else str(exception) or type(exception).__name__
-        writer.writerow([f"{start_time - Run.started_at:.6f}", f"{response_time:.4f}", status, failure])
+        due = context.get("due", start_time)
+        lag_ms = 1000 * (start_time - due)
+        start, latency = f"{due - Run.started_at:.6f}", f"{response_time + lag_ms:.4f}"
+        writer.writerow([start, latency, f"{lag_ms:.4f}" if "due" in context else "", status, failure])
 
     environment.events.request.add_listener(row)
     environment.events.quit.add_listener(lambda **_: file.close())
 
 
-class Visitor(FastHttpUser):
-    """Asks again as soon as the answer is there."""
+class Asking(FastHttpUser):
+    """Asks for recommendations and checks the answers."""
 
+    abstract = True
     wait_time = constant(0)
     connection_timeout = TIMEOUT_S
     network_timeout = TIMEOUT_S
 
-    @task
-    def recommend(self) -> None:
-        """Ask for the next prompt's recommendations and check the answer."""
+    def next_prompt(self) -> list[str] | None:
+        """Return the next prompt; without one the test ends."""
         history = next(Run.prompts, None)
         if history is None:
             logger.error("the data set has no fresh prompt left")
             self.environment.process_exit_code = OUT_OF_PROMPTS_EXIT_CODE
             self.environment.runner.quit()
-            return
+        return history
+
+    def ask(self, history: list[str], context: dict[str, float]) -> None:
+        """Send one request and check the answer; `context` goes into its row."""
         body = {"history": history, "k": K}
-        with self.client.post("/recommend", json=body, catch_response=True) as response:
+        with self.client.post("/recommend", json=body, catch_response=True, context=context) as response:
             if response.status_code == 200:
                 Run.connection_failures = 0
                 try:
@@ -149,3 +172,41 @@ class Visitor(FastHttpUser):
             logger.error("%d connection failures in a row", GIVE_UP_AFTER)
             self.environment.runner.quit()
         gevent.sleep(0.1)
+
+
+class Visitor(Asking):
+    """Asks again as soon as the answer is there."""
+
+    abstract = RATE is not None
+
+    @task
+    def recommend(self) -> None:
+        """Ask for the next prompt's recommendations."""
+        history = self.next_prompt()
+        if history is not None:
+            self.ask(history, {})
+
+
+class Arrivals(Asking):
+    """Sends every request at its time, so that a stalled service cannot hold back the ones that follow."""
+
+    abstract = RATE is None
+    concurrency = MAX_OUTSTANDING
+
+    @task
+    def send(self) -> None:
+        """Send all requests of the test, and wait for their answers."""
+        waiting = Group()
+        # Locust was still starting this user when the test began.
+        Run.started_at = time.time()
+        seconds = float(os.environ.get("LEANREC_SECONDS", "inf"))
+        for send_time in Run.send_times:
+            history = self.next_prompt() if send_time < seconds else None
+            if history is None:
+                break
+            due = Run.started_at + send_time
+            while (left := due - time.time()) > 0:
+                gevent.sleep(left)
+            waiting.spawn(self.ask, history, {"due": due})
+        waiting.join()
+        raise StopUser

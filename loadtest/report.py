@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loadtest.load import count, load_of
+
 LATENCIES = ("p50", "p95", "p99")
 SIDES = ("full", "pruned")
 MEMORY_ROWS = {
@@ -23,19 +25,27 @@ def verdict(report: Mapping[str, Any]) -> str:
         return f"{stop}Nothing was measured."
     ratios = report["speedup"]
     parts = [
-        f"With {count(ratios['users'], 'user')} the pruned deployment is "
+        f"{_at(ratios)} the pruned deployment is "
         + difference(ratios, "p95", "{} times as fast at p95", "no faster or slower at p95")
         + " and answers "
         + difference(ratios, "throughput", "{} times the requests per second", "as many requests per second")
     ]
+    if report["noise"]:
+        parts.append(noise(report["noise"]))
     full, pruned = (report["deployments"][name] for name in SIDES)
     parts.append(f"weights {mib(pruned['weights_bytes'])} against {mib(full['weights_bytes'])}")
     if ratios["memory"] is not None:
         peaks = (mib(pruned["memory"]["pss_bytes"]), mib(full["memory"]["pss_bytes"]))
         parts.append("memory {} against {}".format(*peaks))
+    if report["capacity"]:
+        parts.append(capacity(report["capacity"]))
     if report["quality"]:
         kept = [f"{name.upper()} {value:.1%}" for name, value in report["quality"]["retained"].items()]
         parts.append("kept " + ", ".join(kept))
+    elif report["served_quality"]:
+        kept = report["served_quality"]["retained"]
+        stated = [f"{name.upper()} {_share(kept[name], kept['ci95'][name])}" for name in ("hr@10", "ndcg@10")]
+        parts.append("kept over HTTP " + ", ".join(stated))
     if report["agreement"]:
         parts.append(f"the first recommendation agrees for {report['agreement']['top1']:.0%} of histories")
     failed = {name: sum(level[name]["failures"] for level in report["levels"]) for name in SIDES}
@@ -47,11 +57,59 @@ def verdict(report: Mapping[str, Any]) -> str:
     return f"{stop}{'; '.join(parts)}."
 
 
+def _at(level: Mapping[str, Any]) -> str:
+    load = load_of(level)
+    return f"At {load}" if load.users is None else f"With {load}"
+
+
+def noise(ratios: Mapping[str, Any]) -> str:
+    """Return what this machine shows for a deployment against itself, in words."""
+    stated = " and ".join(
+        f"{with_interval(ratios[figure], ratios['ci95'][figure], 2)} {label}"
+        for figure, label in (("p95", "at p95"), ("throughput", "in requests per second"))
+    )
+    text = f"the machine's own noise, the {ratios['deployment']} deployment against itself, is {stated}"
+    if ratios["differs"]:
+        text += " (it shows a difference where there is none: do not trust differences of this size)"
+    return text
+
+
+def capacity(found: Mapping[str, Any]) -> str:
+    """Return which rates meet the objective, in words; from one search no ratio of them is claimed."""
+    rates = {name: found[name]["requests_per_second"] for name in SIDES}
+    said = {
+        name: "no rate tried" if rate is None else f"{rate:.4g} requests/s" for name, rate in rates.items()
+    }
+    text = f"{found['objective']} holds up to {said['pruned']} against {said['full']}"
+    costs = [found[name]["cost_per_million"] for name in ("pruned", "full")]
+    if None not in costs:
+        text += f", at a cost of {costs[0]:.4g} against {costs[1]:.4g} per million recommendations"
+    return text
+
+
+def capacity_table(report: Mapping[str, Any]) -> list[list[str]]:
+    """Return the highest rates that meet the objective as rows of text, the header first."""
+    found = report["capacity"]
+    table = [[found["objective"], *SIDES]]
+    rows: dict[str, tuple[str, str]] = {
+        "highest rate that met it (requests/s)": ("requests_per_second", "no rate tried"),
+        "lowest rate that missed it (requests/s)": ("missed_at", "none tried"),
+        "cost per million recommendations": ("cost_per_million", "not computed: needs --price-per-hour"),
+    }
+    for label, (key, missing) in rows.items():
+        values = [found[name][key] for name in SIDES]
+        table.append([label, *(missing if value is None else f"{value:.4g}" for value in values)])
+    if any(found[name]["limited_by_generator"] for name in SIDES):
+        cells = ("yes" if found[name]["limited_by_generator"] else "no" for name in SIDES)
+        table.append(["missed only because the load generator fell behind", *cells])
+    return table
+
+
 def difference(ratios: Mapping[str, Any], figure: str, different: str, same: str) -> str:
-    """Return a ratio in words, with its interval."""
+    """Return a ratio in words, with its interval; without one nothing is called a difference."""
     value, interval = ratios[figure], ratios["ci95"][figure]
     if interval is None:
-        return different.format(f"{value:.2f}") + " (no interval: too few blocks)"
+        return f"{same} as far as this run can show ({value:.2f}, no interval: too few blocks)"
     stated = f"[{interval[0]:.2f}, {interval[1]:.2f}]"
     if interval[0] <= 1 <= interval[1]:
         return f"{same} as far as this run can show ({value:.2f} {stated})"
@@ -62,7 +120,7 @@ def load_table(report: Mapping[str, Any]) -> list[list[str]]:
     """Return the levels as rows of text, the header first."""
     table = [
         [
-            "users",
+            "load",
             "deployment",
             "requests",
             "failures",
@@ -74,18 +132,24 @@ def load_table(report: Mapping[str, Any]) -> list[list[str]]:
         ]
     ]
     for level in report["levels"]:
+        load = str(load_of(level))
         for name in SIDES:
             side = level[name]
             latency = side["latency_ms"]
-            cells = [str(level["users"]), name, str(side["requests"]), str(side["failures"])]
+            cells = [load, name, str(side["requests"]), str(side["failures"])]
             cells.append(with_interval(side["requests_per_second"], side["ci95"]["requests_per_second"], 1))
             cells += [with_interval(latency[p], latency["ci95"][p], 1) for p in LATENCIES]
             cpu = side["cpu_seconds_per_request"]
             table.append([*cells, "" if cpu is None else f"{1000 * cpu:.1f}"])
-        ratios = level["speedup"]
-        gains = [with_interval(ratios[p], ratios["ci95"][p], 2, "×") for p in ("throughput", *LATENCIES)]
-        table.append([str(level["users"]), "speed-up", "", "", *gains, ""])
+        table.append([load, "speed-up", "", "", *_ratio_cells(level["speedup"]), ""])
+    if report["noise"]:
+        load = str(load_of(report["noise"]))
+        table.append([load, "noise", "", "", *_ratio_cells(report["noise"]), ""])
     return table
+
+
+def _ratio_cells(ratios: Mapping[str, Any]) -> list[str]:
+    return [with_interval(ratios[name], ratios["ci95"][name], 2, "×") for name in ("throughput", *LATENCIES)]
 
 
 def memory_table(report: Mapping[str, Any]) -> list[list[str]]:
@@ -116,6 +180,8 @@ def quality_table(report: Mapping[str, Any]) -> list[list[str]]:
                 interval = metrics[side].get("ci95", {}).get(name)
                 cells.append(with_interval(metrics[side][name], interval, 4))
             table.append([name.upper(), *cells])
+    if report["served_quality"]:
+        table += _served_rows(report["served_quality"])
     if report["agreement"]:
         agreement = report["agreement"]
         for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
@@ -123,10 +189,36 @@ def quality_table(report: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
+def _served_rows(served: Mapping[str, Any]) -> list[list[str]]:
+    users = count(served["users"], "user")
+    rows = []
+    for metric in ("hr@10", "ndcg@10"):
+        sides = [served[name] for name in SIDES]
+        cells = [with_interval(side[metric], side["ci95"][metric], 4) for side in sides]
+        rows.append([f"{metric.upper()} over HTTP, {users}", *cells])
+        kept, interval = served["retained"][metric], served["retained"]["ci95"][metric]
+        rows.append([f"{metric.upper()} kept, user by user", "", _share(kept, interval)])
+        if served["offline"]:
+            changes = [f"{served['offline'][name][metric]:+.4f}" for name in SIDES]
+            rows.append([f"{metric.upper()} over HTTP minus offline", *changes])
+    agreement = served["agreement"]
+    for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
+        rows.append([f"{label}, {users}", "", with_interval(agreement[name], agreement["ci95"][name], 3)])
+    return rows
+
+
+def _share(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None:
+        return "no ratio to 0"
+    return f"{value:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return the report as tables for a pull request or a README."""
     tables = [load_table(report), memory_table(report), quality_table(report)]
-    return "\n\n".join([report["verdict"], *(_markdown_table(table) for table in tables)]) + "\n"
+    if report["capacity"]:
+        tables.insert(1, capacity_table(report))
+    return "\n\n".join([report["verdict"], *(markdown_table(table) for table in tables)]) + "\n"
 
 
 def mib(num_bytes: float | None) -> str:
@@ -142,12 +234,8 @@ def with_interval(value: float | None, interval: Sequence[float] | None, digits:
     return f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else text
 
 
-def count(number: int, noun: str) -> str:
-    """Return `1 user`, `2 users`."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _markdown_table(table: Sequence[Sequence[str]]) -> str:
+def markdown_table(table: Sequence[Sequence[str]]) -> str:
+    """Return rows of text, the header first, as Markdown."""
     header, *rows = table
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,8 +1,6 @@
 """The machine-readable report: the content of `report.json`, with stable keys."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,9 +10,12 @@ from loadtest import compare
 from loadtest.blocks import BlockRun
 from loadtest.compare import Measured
 from loadtest.deployment import Deployment
+from loadtest.lag import lag_quantiles
+from loadtest.load import Load
 from loadtest.memory import MemoryWatch
 from loadtest.report import LATENCIES, verdict
-from loadtest.session import Session
+from loadtest.saved_runs import pack
+from loadtest.session import NOISE_SIDE, Session
 
 FORMAT = 1
 CDF_POINTS = [(index + 0.5) / 100 for index in range(100)]
@@ -34,7 +35,7 @@ def build(
     """Return the content of `report.json`; `incomplete` says why a partial report ends where it does."""
     seed = settings["seed"]
     sides = {name: _side(deployment, watches.get(name)) for name, deployment in deployments.items()}
-    levels = [_level(session, users, seed) for users in session.plan.users if _complete_pairs(session, users)]
+    levels = [_level(session, load, seed) for load in session.plan.loads if _complete_pairs(session, load)]
     report = {
         "format": FORMAT,
         "verdict": "",
@@ -42,8 +43,11 @@ def build(
         "deployments": sides,
         "levels": levels,
         "speedup": _speedup(levels, sides),
+        "noise": _noise(session, seed),
+        "capacity": session.capacity.to_json(settings["price_per_hour"]) if session.capacity else None,
         "agreement": _agreement(session, seed),
         "quality": quality,
+        "served_quality": session.quality.to_json(quality, seed) if session.quality else None,
         "blocks": [_block(run) for run in session.runs],
         "settings": dict(settings),
         "machine": dict(machine),
@@ -51,16 +55,6 @@ def build(
     }
     report["verdict"] = verdict(report)
     return report
-
-
-def read_quality(directory: Path) -> dict[str, Any] | None:
-    """Return the offline metrics from the pruned directory's own `report.json`, where it has them."""
-    try:
-        report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-        metrics = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
-        return {"source": str(directory / "report.json"), "metrics": metrics, "retained": report["retained"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _side(deployment: Deployment, watch: MemoryWatch | None) -> dict[str, Any]:
@@ -92,17 +86,34 @@ def _memory(watch: MemoryWatch | None, weights_and_kv_bytes: int) -> dict[str, A
     }
 
 
-def _complete_pairs(session: Session, users: int) -> int:
-    return min(len(session.blocks_at(users, name)) for name in ("full", "pruned"))
+def _noise(session: Session, seed: int) -> dict[str, Any] | None:
+    """Return the ratios of a deployment to itself: what this machine shows where there is no difference."""
+    pairs = min(map(len, session.noise))
+    if not pairs:
+        return None
+    first, second = ([run.block for run in half[:pairs]] for half in session.noise)
+    ratios = compare.speedup(first, second, seed=seed)
+    return {
+        **_ratios(ratios),
+        **session.noise[0][0].plan.load.to_json(),
+        "deployment": NOISE_SIDE,
+        "pairs": pairs,
+        "differs": [name for name, ratio in ratios.items() if compare.is_difference(ratio)],
+    }
 
 
-def _level(session: Session, users: int, seed: int) -> dict[str, Any]:
-    pairs = _complete_pairs(session, users)
-    runs = {name: session.blocks_at(users, name)[:pairs] for name in ("full", "pruned")}
+def _complete_pairs(session: Session, load: Load) -> int:
+    return min(len(session.blocks_at(load, name)) for name in ("full", "pruned"))
+
+
+def _level(session: Session, load: Load, seed: int) -> dict[str, Any]:
+    pairs = _complete_pairs(session, load)
+    runs = {name: session.blocks_at(load, name)[:pairs] for name in ("full", "pruned")}
     blocks = {name: [run.block for run in side] for name, side in runs.items()}
     return {
-        "users": users,
-        "order": [run.deployment for run in session.runs if run.plan.users == users],
+        **load.to_json(),
+        "pairs": pairs,
+        "order": [run.deployment for run in session.runs if run.plan.load == load],
         **{name: _level_side(side, seed) for name, side in runs.items()},
         "speedup": _ratios(compare.speedup(blocks["full"], blocks["pruned"], seed=seed)),
     }
@@ -128,6 +139,7 @@ def _level_side(runs: Sequence[BlockRun], seed: int) -> dict[str, Any]:
         "latency_ms": _ratios(latencies),
         "cpu_seconds_per_request": median(cpu) if cpu else None,
         "latency_cdf_ms": _cdf(blocks),
+        "schedule_lag_ms": lag_quantiles(np.concatenate([run.lag_ms for run in runs])),
     }
 
 
@@ -150,10 +162,10 @@ def _speedup(levels: Sequence[Mapping[str, Any]], sides: Mapping[str, Any]) -> d
     """Return the ratios at the highest load, and of the memory."""
     if not levels:
         return None
-    highest = max(levels, key=lambda level: level["users"])
+    highest = levels[-1]
     peaks = [sides[name]["memory"]["pss_bytes"] for name in ("full", "pruned")]
     memory = peaks[0] / peaks[1] if all(peaks) else None
-    return {**highest["speedup"], "memory": memory, "users": highest["users"]}
+    return {**highest["speedup"], "memory": memory, "users": highest["users"], "rate": highest["rate"]}
 
 
 def _agreement(session: Session, seed: int) -> dict[str, Any] | None:
@@ -175,13 +187,16 @@ def _block(run: BlockRun) -> dict[str, Any]:
         np.quantile(latencies, [0.5, 0.95], method="inverted_cdf").tolist() if len(latencies) else (None,) * 2
     )
     return {
-        "users": run.plan.users,
+        **run.plan.load.to_json(),
+        "number": run.plan.number,
         "deployment": run.deployment,
         "started_at": run.started_at,
         "seconds": run.block.seconds,
         "requests": len(latencies),
+        "completed": run.block.completed,
         "failures": run.block.failures,
         "discarded": run.block.discarded,
         "p50_ms": p50,
         "p95_ms": p95,
+        "latencies_ms": pack(latencies),
     }

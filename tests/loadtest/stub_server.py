@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def make_app(stub: dict[str, Any], kv_cache_bytes: int) -> FastAPI:
         if log := stub.get("log"):
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(body["history"]) + "\n")
+        if seen["requests"] == stub.get("stall_at"):
+            # Not asyncio's: the whole server stands still.
+            time.sleep(stub["stall_ms"] / 1000)
         await asyncio.sleep(stub["delay_ms"] / 1000)
         if seen["requests"] % stub.get("fail_every", 10**9) == 0:
             response.status_code = 503
@@ -60,7 +64,8 @@ def answer(stub: dict[str, Any], item_ids: list[str], body: dict[str, Any]) -> d
     def draw(item_id: str) -> bytes:
         return hashlib.blake2b("/".join([stub["name"], item_id, *body["history"]]).encode()).digest()
 
-    kept = sorted(set(item_ids) - set(body["history"]), key=draw)[: body["k"]]
+    excluded = body["history"] if body.get("exclude_history", True) else []
+    kept = sorted(set(item_ids) - set(excluded), key=draw)[: body["k"]]
     items = [
         {"rank": rank, "item_id": item_id, "title": f"Title {item_id}", "score": -0.5 * rank}
         for rank, item_id in enumerate(kept, 1)

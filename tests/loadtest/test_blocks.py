@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import takewhile
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
@@ -13,13 +14,16 @@ import numpy as np
 import pytest
 
 from loadtest import blocks, http_json, workload
-from loadtest.blocks import LOCUSTFILE, BlockPlan, read_rows, run_block
+from loadtest.blocks import LOCUSTFILE, BlockPlan, BlockRun, read_rows, run_block
 from loadtest.deployment import DeploymentDiedError, _free_port
+from loadtest.lag import GeneratorLagError, check_lag
+from loadtest.load import Load
 from loadtest.workload import Workload
 from models.errors import LeanRecError
 
 ITEM_IDS = [f"item-{number}" for number in range(60)]
-PLAN = BlockPlan(number=0, users=3, warmup_s=0.3, window_s=1.0)
+PLAN = BlockPlan(number=0, load=Load(users=3), warmup_s=0.3, window_s=1.0)
+HEADER = "start_s,latency_ms,lag_ms,status,failure"
 
 
 @pytest.fixture
@@ -52,9 +56,9 @@ def test_a_block_asks_fresh_prompts_and_counts_its_window(serve_stub, prompts, t
     assert len(result.block.latencies_ms) + result.block.discarded == len(rows)
     assert result.block.discarded > 0
     assert result.block.failures == 0
-    # The stub waits 20 ms, so nothing can be faster and each of 3 users asks at most 50 times.
-    assert result.block.latencies_ms.min() >= 20
-    assert 1 <= result.block.completed <= 3 * 50
+    # The stub waits 20 ms by a timer of 1 ms: nothing can be faster, and a user asks 53 times at most.
+    assert result.block.latencies_ms.min() >= 19
+    assert 1 <= result.block.completed <= 3 * 53
     assert result.cpu_seconds_per_request > 0
 
 
@@ -110,13 +114,62 @@ def test_a_request_belongs_to_the_window_it_was_sent_in(tmp_path):
         (2.1, 5, "HTTP 503"),
         (3.0, 30, ""),  # sent after the window
     ]
-    lines = [f"{start},{latency},200,{failure}" for start, latency, failure in rows]
-    path.write_text("\n".join(["start_s,latency_ms,status,failure", *lines]) + "\n")
-    block, problems, num_rows = read_rows(path, BlockPlan(number=0, users=1, warmup_s=1.0, window_s=2.0))
-    assert sorted(block.latencies_ms) == [30, 400, 60000]
-    assert block.completed == 2
-    assert (block.failures, block.discarded, num_rows) == (2, 3, 7)
-    assert problems == {"timeout": 1, "HTTP 503": 1}
+    lines = [f"{start},{latency},,200,{failure}" for start, latency, failure in rows]
+    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    plan = BlockPlan(number=0, load=Load(users=1), warmup_s=1.0, window_s=2.0)
+    found = read_rows(path, plan)
+    assert sorted(found.block.latencies_ms) == [30, 400, 60000]
+    assert found.block.completed == 2
+    assert (found.block.sent, found.block.failures, found.block.discarded) == (4, 2, 3)
+    assert found.num_requests == 7
+    assert found.problems == {"timeout": 1, "HTTP 503": 1}
+    assert len(found.lag_ms) == 0
+
+
+def lagging_run(tmp_path, lag_ms, latency_ms):
+    """A block whose requests are all that late; those of the warm-up far later."""
+    path = tmp_path / "rows.csv"
+    lines = [f"{0.1 * n},{latency_ms},{lag_ms if n >= 10 else 900},200," for n in range(60)]
+    path.write_text("\n".join([HEADER, *lines]) + "\n")
+    plan = BlockPlan(number=0, load=Load(rate=10), warmup_s=1.0, window_s=5.0)
+    found = read_rows(path, plan)
+    return BlockRun(
+        deployment="full",
+        plan=plan,
+        started_at=0.0,
+        block=found.block,
+        problems=found.problems,
+        cpu_seconds_per_request=None,
+        lag_ms=found.lag_ms,
+    )
+
+
+@pytest.mark.parametrize(("lag_ms", "latency_ms"), [(5.1, 20), (41, 400)])
+def test_a_generator_that_falls_behind_is_refused(tmp_path, lag_ms, latency_ms):
+    with pytest.raises(GeneratorLagError, match=rf"{lag_ms:.1f} ms late at p95.*lower --rate"):
+        check_lag(lagging_run(tmp_path, lag_ms, latency_ms))
+
+
+@pytest.mark.parametrize(("lag_ms", "latency_ms"), [(4.9, 20), (39, 400)])
+def test_a_lag_that_is_small_beside_the_latency_is_accepted(tmp_path, lag_ms, latency_ms):
+    check_lag(lagging_run(tmp_path, lag_ms, latency_ms))
+
+
+def test_a_stalled_server_cannot_hide_its_queue_from_an_open_loop(serve_stub, prompts, tmp_path):
+    """One stall of 1.5 s in a block of 3 s, when the server has answered some requests already."""
+    with serve_stub("full", stall_at=30, stall_ms=1500) as running:
+        plan = BlockPlan(number=0, load=Load(rate=40), warmup_s=0.2, window_s=3.0)
+        run(running, prompts, tmp_path, plan)
+    rows = rows_of(tmp_path)
+    times = list(takewhile(lambda at: at < 3.2, workload.load(prompts).send_times(0, 40)))
+    # Every request was sent although earlier ones were not answered, at the times that both deployments get.
+    assert [float(row["start_s"]) for row in sorted(rows, key=lambda row: float(row["start_s"]))] == (
+        pytest.approx(times, abs=1e-5)
+    )
+    # Those due in the first second of the stall waited half a second or more, however slow this machine is.
+    assert max(float(row["latency_ms"]) for row in rows) >= 1490
+    assert sum(float(row["latency_ms"]) >= 500 for row in rows) >= 15
+    assert all(float(row["lag_ms"]) >= 0 for row in rows)
 
 
 @pytest.mark.slow

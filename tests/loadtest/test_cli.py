@@ -1,17 +1,21 @@
 """The command from end to end, with real Locust, against stub deployments over HTTP."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import psutil
 import pytest
 
-from loadtest import session
+from loadtest import capacity, lag, session, slo
 from loadtest.cli import main
+from models.data import load_data
 from models.errors import run_command
+from tests.loadtest.stub_server import answer as stub_answer
 
 SIDES = ("full", "pruned")
 
@@ -27,6 +31,7 @@ def run(*arguments):
 @pytest.fixture(autouse=True)
 def short_warmup(monkeypatch):
     monkeypatch.setattr(session, "WARMUP_S", 0.2)
+    monkeypatch.setattr(capacity, "WARMUP_S", 0.2)
     monkeypatch.setattr(session, "FIRST_WARMUP_S", 0.2)
     monkeypatch.setattr(session, "AGREEMENT_PROMPTS", 20)
 
@@ -36,19 +41,34 @@ def stubs(make_stub):
     return make_stub("full", delay_ms=20, weights_bytes=8 << 20), make_stub("pruned", delay_ms=4)
 
 
+def metrics_of(stub, data):
+    """HR@10 and NDCG@10 of a stub's own ranking."""
+    ids, examples, gains = data.catalog.item_ids, data.test, []
+    for user in range(len(examples)):
+        history = [ids[item] for item in examples.histories[user]]
+        asked = {"history": history, "k": 10, "exclude_history": False}
+        listed = [item["item_id"] for item in stub_answer(stub, stub["item_ids"], asked)["items"]]
+        target = ids[examples.targets[user]]
+        gains.append(1 / math.log2(listed.index(target) + 2) if target in listed else 0)
+    return sum(gain > 0 for gain in gains) / len(gains), sum(gains) / len(gains)
+
+
 def no_children():
     return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_the_report_says_what_was_measured(stubs, tmp_path, capsys):
+def test_the_report_says_what_was_measured(stubs, data_folder, tmp_path, capsys):
     out = tmp_path / "out"
     quality = {
         "metrics": {side: {"test": {"hr@10": 0.2, "ndcg@10": 0.1}} for side in SIDES},
         "retained": {"hr@10": 1.0, "ndcg@10": 1.0},
     }
     (stubs[1] / "report.json").write_text(json.dumps(quality))
-    code = run("--full", stubs[0], "--pruned", stubs[1], "--users", "2", "--seconds", "1", "--out", out)
-    assert code == 0
+    # The second condition holds: there is one core at least.
+    conditions = ("--fail-if", "speedup.p50<1", "--fail-if", "machine.cores>=1")
+    sides = ("--full", stubs[0], "--pruned", stubs[1])
+    code = run(*sides, "--users", "2", "--seconds", "1", *conditions, "--out", out)
+    assert code == 1
     assert no_children()
     report = json.loads((out / "report.json").read_text())
     assert report["incomplete"] is None
@@ -73,13 +93,26 @@ def test_the_report_says_what_was_measured(stubs, tmp_path, capsys):
     assert report["speedup"]["ci95"]["p50"] is None
     assert 0 <= report["agreement"]["top1"] <= report["agreement"]["overlap@10"] + 1
     assert report["quality"]["retained"]["ndcg@10"] == 1.0
+    served = report["served_quality"]
+    assert served["users"] == 40
+    for side, directory in zip(SIDES, stubs, strict=True):
+        stub = json.loads((directory / "stub.json").read_text())
+        expected = metrics_of(stub, load_data(str(data_folder)))
+        # What was sent over HTTP is what the server itself would rank, to the last user.
+        assert (served[side]["hr@10"], served[side]["ndcg@10"]) == pytest.approx(expected)
+    assert len(served["most_different"]) == 5
+    assert "Title item-" in (out / "report.html").read_text()
     assert report["machine"]["cores"] >= 1
     assert "locust" in report["versions"]
     assert report["settings"]["command"].startswith("loadtest --full")
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    held = f"--fail-if 'machine.cores>=1' holds: machine.cores is {report['machine']['cores']}"
+    assert [line for line in errors.splitlines() if line.startswith("--fail-if")] == [held]
     assert report["verdict"] in printed
     assert str(out / "report.html") in printed
-    assert len(list((out / "requests").glob("*.csv"))) == 4
+    assert report["noise"]["pairs"] == 1
+    # Warm-up, noise and measurement, of two each.
+    assert len(list((out / "requests").glob("*.csv"))) == 6
 
 
 @pytest.mark.slow
@@ -118,6 +151,84 @@ def test_attached_deployments_are_measured_but_not_their_memory(serve_stub, data
         assert report["levels"][0][side]["requests"] > 0
     assert report["speedup"]["memory"] is None
     assert "not measured" in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_an_open_loop_is_measured_at_each_rate(stubs, tmp_path, monkeypatch):
+    # However busy this machine is, this test is not about its timers.
+    monkeypatch.setattr(lag, "FLOOR_MS", 1e6)
+    out = tmp_path / "out"
+    code = run("--full", stubs[0], "--pruned", stubs[1], "--rate", "20,40", "--seconds", "1", "--out", out)
+    assert code == 0
+    report = json.loads((out / "report.json").read_text())
+    assert [level["rate"] for level in report["levels"]] == [20, 40]
+    for level in report["levels"]:
+        # The same seeded times for both.
+        assert level["full"]["requests"] == level["pruned"]["requests"] > 0
+        assert level["full"]["schedule_lag_ms"]["p99"] >= 0
+
+
+@pytest.mark.slow
+def test_the_requests_of_a_run_are_saved_and_sent_again(
+    make_stub, data_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(lag, "FLOOR_MS", 1e6)
+    logs = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    sides = []
+    for number, log in enumerate(logs):
+        sides.append(
+            ("--full", make_stub(f"full{number}", log=str(log)), "--pruned", make_stub(f"pruned{number}"))
+        )
+    saved = tmp_path / "requests.jsonl"
+    load = ("--rate", "20", "--seconds", "1", "--quality-users", "0", "--out", tmp_path / "out")
+    assert run(*sides[0], *load, "--seed", "3", "--save-requests", saved) == 0
+    # Another seed would draw other prompts and times; the log has those that are sent.
+    assert run(*sides[1], *load, "--seed", "4", "--replay", saved) == 0
+    first, second = (Counter(log.read_text().splitlines()) for log in logs)
+    assert first == second
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["served_quality"] is None
+    capsys.readouterr()
+    other = ("--rate", "40", "--seconds", "1", "--out", tmp_path / "none")
+    assert run(*sides[1], *other, "--replay", saved) == 2
+    assert (
+        "was saved with other --rate than asked for here ([20.0] against [40.0])" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_the_highest_rate_that_meets_an_objective_is_searched(stubs, tmp_path, monkeypatch):
+    monkeypatch.setattr(lag, "FLOOR_MS", 1e6)
+    monkeypatch.setattr(slo, "STEP_S", 0.5)
+    monkeypatch.setattr(slo, "MAX_STEP_S", 0.5)
+    monkeypatch.setattr(capacity, "MAX_STEPS", 2)
+    out = tmp_path / "out"
+    objective = ("--slo", "p50=10ms", "--price-per-hour", "0.36")
+    sides = ("--full", stubs[0], "--pruned", stubs[1])
+    assert run(*sides, "--users", "1", "--seconds", "1", *objective, "--out", out) == 0
+    report = json.loads((out / "report.json").read_text())
+    found = report["capacity"]
+    # The full stub takes 20 ms at any rate: however few requests, none is answered in time.
+    assert found["full"]["requests_per_second"] is None
+    assert found["full"]["why_null"] == "no rate that was tried met the objective"
+    rates = [step["rate"] for step in found["full"]["steps"]]
+    assert rates == [report["levels"][0]["full"]["requests_per_second"], rates[0] / 2]
+    assert [step["share_in_time"] for step in found["full"]["steps"]] == [0, 0]
+    assert "p50=10ms holds up to" in report["verdict"]
+    assert (out / "report.html").read_text().count("p50=10ms") >= 2
+
+
+@pytest.mark.slow
+def test_a_generator_that_falls_behind_ends_the_run(stubs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lag, "FLOOR_MS", 0.0)
+    monkeypatch.setattr(lag, "MAX_LAG_SHARE", 0.0)
+    code = run(
+        "--full", stubs[0], "--pruned", stubs[1], "--rate", "20", "--seconds", "1", "--out", tmp_path / "out"
+    )
+    assert code == 1
+    assert "error: the load generator sent requests" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["verdict"].startswith("Partial: the load generator sent requests")
 
 
 @pytest.mark.slow
@@ -161,6 +272,23 @@ def session_command():
         (["--users", "0"], "from 1 to 10000"),
         (["--users", "1,,4"], "is not a list like 1,4,16"),
         (["--users", "4,4"], "stands twice"),
+        (["--rate", "-3"], "above 0"),
+        (["--rate", "0"], "above 0"),
+        (["--rate", "nan"], "above 0"),
+        (["--rate", "20,fast"], "is not a list like 20,50.5"),
+        (["--rate", "20,20"], "stands twice"),
+        (["--rate", "20", "--users", "4"], "not allowed with argument"),
+        (["--slo", "200ms"], "is not an objective like p99=200ms"),
+        (["--slo", "p42=200ms"], "is not an objective like p99=200ms"),
+        (["--slo", "p99=0ms"], "more than 0 ms"),
+        (["--price-per-hour", "1.2"], "needs --slo"),
+        (["--slo", "p99=1s", "--price-per-hour", "-1"], "above 0"),
+        (["--fail-if", "speedup.p95"], "is not a path, a comparison and a number"),
+        (["--fail-if", "speedup.p95<fast"], "'fast' is not a number"),
+        (["--fail-if", "__import__('os')<5"], "is not a path"),
+        (["--quality-users", "-1"], "is not a number of users"),
+        (["--returning", "1.5"], "from 0 to 1"),
+        (["--returning", "often"], "is not a share"),
         (["--seconds", "-5"], "at least 1 second"),
         (["--seconds", "nan"], "at least 1 second"),
         (["--seconds", "soon"], "is not a number of seconds"),
@@ -181,6 +309,13 @@ def test_wrong_inputs_end_before_anything_starts(stubs, tmp_path, capsys):
     cases = [
         ((*sides, "--out", tmp_path / "file" / "out"), 1, "cannot be written"),
         ((*sides, "--data", tmp_path / "nothing"), 2, "nothing"),
+        ((*sides, "--fail-if", "speedup.p59<5"), 2, "the report of this run will have no speedup.p59"),
+        ((*sides, "--fail-if", "levels[3].users>1"), 2, "will have no levels[3].users"),
+        ((*sides, "--fail-if", "speedup.ci95<1"), 2, "is not a single number"),
+        ((*sides, "--replay", tmp_path / "nothing"), 2, "cannot be read"),
+        ((*sides, "--replay", stubs[0] / "stub.json"), 1, "is not a log of --save-requests"),
+        ((*sides, "--save-requests", tmp_path / "file" / "log"), 1, "--save-requests"),
+        ((*sides, "--rate", "2,50", "--seconds", "6"), 2, "--rate 2 sends about 2 requests in a block"),
         ((*sides, "--data", tmp_path / "empty"), None, "empty"),
         (("--full", tmp_path / "none", "--pruned", stubs[1]), 2, "no such directory"),
         (("--full", tmp_path / "empty", "--pruned", stubs[1]), 2, "no recommender.json"),

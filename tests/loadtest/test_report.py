@@ -1,7 +1,6 @@
 """The reports of a run whose figures are known."""
 
 import json
-import os
 import re
 import shutil
 import struct
@@ -11,87 +10,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from loadtest import results
-from loadtest.blocks import BlockPlan, BlockRun
+from loadtest.blocks import BlockRun
 from loadtest.compare import Block
-from loadtest.deployment import Deployment
-from loadtest.memory import MemoryWatch, Sample
+from loadtest.load import Load
 from loadtest.page import render
 from loadtest.plots import linear_ticks, log_ticks
 from loadtest.report import markdown
-from loadtest.session import Agreement, Plan, Session, pair_order
-
-QUALITY = {
-    "source": "runs/pruned-5/report.json",
-    "metrics": {
-        "full": {"hr@10": 0.16, "ndcg@10": 0.08, "ci95": {"hr@10": [0.14, 0.18], "ndcg@10": [0.07, 0.09]}},
-        "pruned": {"hr@10": 0.15, "ndcg@10": 0.076, "ci95": {"hr@10": [0.13, 0.17], "ndcg@10": [0.07, 0.08]}},
-    },
-    "retained": {"hr@10": 0.9375, "ndcg@10": 0.95},
-}
-
-
-def make_session(*, pairs=6, slow=40.0, fast=10.0, users=(1, 4, 16)):
-    """Each user of the full deployment waits `slow` ms on average, of the pruned one `fast` ms."""
-    plan = Plan(users=users, seconds=float(max(pairs, 1)))
-    rng = np.random.default_rng(3)
-    session = Session(plan=plan)
-    session.agreement = Agreement(same_top1=np.array([1.0, 0.0] * 50), overlap=np.full(100, 0.7))
-    number = 2
-    for load in users:
-        for pair in range(pairs):
-            for name in pair_order(pair):
-                mean = (slow if name == "full" else fast) * load**0.7
-                latencies = mean * rng.lognormal(0, 0.25, 80 + 10 * load)
-                block = Block(
-                    latencies_ms=latencies, completed=len(latencies), seconds=latencies.sum() / 1000 / load
-                )
-                block_plan = BlockPlan(number=number, users=load, warmup_s=1, window_s=block.seconds)
-                session.runs.append(
-                    BlockRun(
-                        deployment=name,
-                        plan=block_plan,
-                        started_at=1.8e9 + len(session.runs),
-                        block=block,
-                        problems={},
-                        cpu_seconds_per_request=mean / 1000,
-                    )
-                )
-            number += 1
-    return session
-
-
-def make_report(session, *, quality=None, incomplete=None, command="loadtest --full runs/ml-100k/full ..."):
-    deployments, watches = {}, {}
-    for name, weights, others in (("full", 64 << 20, 700 << 20), ("pruned", 8 << 20, 690 << 20)):
-        model = {"weights_bytes": weights, "kv_cache_bytes": 128 << 20, "max_history": 20}
-        deployments[name] = Deployment(
-            name=name, target=f"runs/{name}", url="http://127.0.0.1:1", model=model, startup_seconds=12.5
-        )
-        watch = MemoryWatch(os.getpid())
-        steady = weights + (128 << 20) + others
-        watch.samples = [Sample(size, 2 * size) for size in (steady, steady + (200 << 20), steady)]
-        watches[name] = watch
-    settings = {
-        "command": command,
-        "data": "ml-100k",
-        "histories": 943,
-        "pairs": session.plan.num_pairs,
-        "window_seconds": session.plan.window_s,
-        "warmup_seconds": 1.0,
-        "returning": False,
-        "seed": 0,
-    }
-    return results.build(
-        session,
-        deployments,
-        watches,
-        settings=settings,
-        quality=quality,
-        machine={"cpu": "Some <CPU> & more", "cores": 2},
-        versions={"python": "3.11"},
-        incomplete=incomplete,
-    )
+from loadtest.session import Plan, pair_order
+from tests.loadtest.made_up import QUALITY, make_report, make_run, make_session
 
 
 def test_the_order_is_abba_then_baab():
@@ -99,9 +25,12 @@ def test_the_order_is_abba_then_baab():
 
 
 def test_short_runs_get_fewer_blocks_and_never_shorter_than_a_second():
-    assert Plan(users=(1,), seconds=30).num_pairs == 6
-    assert Plan(users=(1,), seconds=3.5).num_pairs == 3
-    assert Plan(users=(1,), seconds=1).window_s == 1
+    one = [Load(users=1)]
+    assert Plan(loads=one, seconds=30).num_pairs == 6
+    assert Plan(loads=one, seconds=3.5).num_pairs == 3
+    assert Plan(loads=one, seconds=1).window_s == 1
+    # Agreement, warm-up, two for each of six noise pairs, six pairs.
+    assert Plan(loads=one, seconds=6).num_blocks == 2 + 12 + 6
 
 
 def test_the_keys_that_others_read():
@@ -143,6 +72,45 @@ def test_a_ratio_that_may_be_one_is_not_called_a_difference():
     verdict = make_report(make_session(slow=10.0, users=(1,)))["verdict"]
     assert "no faster or slower at p95 as far as this run can show" in verdict
     assert "times as fast" not in verdict
+
+
+def test_without_an_interval_nothing_is_called_a_difference():
+    verdict = make_report(make_session(pairs=5, users=(1,)))["verdict"]
+    assert "no faster or slower at p95 as far as this run can show (4." in verdict
+    assert "no interval: too few blocks" in verdict
+    assert "times as fast" not in verdict
+
+
+def test_the_noise_of_the_machine_is_printed():
+    report = make_report(make_session(), quality=QUALITY)
+    noise = report["noise"]
+    assert (noise["deployment"], noise["users"], noise["pairs"], noise["differs"]) == ("full", 16, 6, [])
+    low, high = noise["ci95"]["p95"]
+    assert low <= 1 <= high
+    assert low <= noise["p95"] <= high
+    said = f"the full deployment against itself, is {noise['p95']:.2f} [{low:.2f}, {high:.2f}] at p95"
+    assert said in report["verdict"]
+    assert said in render(report)
+
+
+def test_a_machine_that_shows_a_difference_where_there_is_none_is_called_out():
+    session = make_session(users=(1,))
+    rng = np.random.default_rng(0)
+    session.noise[1][:] = [make_run(rng, "full", Load(users=1), 30.0, number) for number in range(6)]
+    report = make_report(session)
+    assert set(report["noise"]["differs"]) == {"p50", "p95", "p99", "throughput"}
+    assert "it shows a difference where there is none" in report["verdict"]
+
+
+def test_a_report_of_an_open_loop():
+    report = json.loads(json.dumps(make_report(make_session(rates=(5.0, 20.0))), allow_nan=False))
+    assert [(level["users"], level["rate"]) for level in report["levels"]] == [(None, 5.0), (None, 20.0)]
+    assert report["levels"][0]["full"]["schedule_lag_ms"] == {"p50": 0.5, "p95": 0.5, "p99": 0.5}
+    assert report["speedup"]["rate"] == 20.0
+    assert report["verdict"].startswith("At 20 requests/s the pruned deployment is")
+    page = render(report)
+    assert "sent 99 % of them less than 0.5 ms late" in page
+    assert "Latency, 5 requests/s" in page
 
 
 def test_failures_stand_in_the_verdict():
@@ -206,13 +174,14 @@ def test_the_page_fetches_nothing_and_escapes_what_it_shows():
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
     assert "Some &lt;CPU&gt; &amp; more" in page
-    assert page.count("<svg") == 3 + 2 + 1
+    assert page.count("<svg") == 3 + 2 + 1 + 1
 
 
 def test_the_markdown_has_a_row_for_each_load_and_deployment():
     lines = markdown(make_report(make_session(), quality=QUALITY)).splitlines()
-    rows = [line for line in lines if line.startswith(("| 1 |", "| 4 |", "| 16 |"))]
-    assert len(rows) == 9
+    rows = [line for line in lines if re.match(r"\| \d+ users? \|", line)]
+    assert len(rows) == 9 + 1
+    assert rows[-1].startswith("| 16 users | noise |")
     assert {line.count("|") for line in rows} == {10}
     assert "| NDCG@10 | 0.0800 [0.0700, 0.0900] | 0.0760 [0.0700, 0.0800] |" in lines
 
@@ -240,6 +209,6 @@ def test_the_page_is_drawn_by_a_browser(tmp_path):
         [chromium, *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, check=True
     )
     # What the browser parsed, not what was written: every plot is there, and nothing is NaN.
-    assert dump.stdout.count("<polyline") == 3 * 2 + 4 + 2
+    assert dump.stdout.count("<polyline") == 3 * 2 + 4 + 2 + 2
     assert "NaN" not in dump.stdout
     assert "nan" not in re.findall(r'points="([^"]*)"', dump.stdout)

@@ -2,6 +2,7 @@
 
 from itertools import islice
 
+import numpy as np
 import pytest
 
 from loadtest import workload
@@ -64,11 +65,44 @@ def test_a_used_up_data_set_ends_the_prompts():
 
 
 def test_returning_users_come_back_with_one_more_item():
-    load = make(histories=[[f"{user}-{item}" for item in range(9)] for user in range(3)], returning=True)
-    prompts = list(islice(load.prompts(0), 3 * workload.RETURNING_VISITS))
+    load = make(histories=[[f"{user}-{item}" for item in range(9)] for user in range(3)], returning=1.0)
+    prompts = list(islice(load.prompts(0), 600))
     for user in range(3):
-        visits = [prompt for prompt in prompts if prompt[0] == f"{user}-0"]
-        assert [len(visit) for visit in visits] == [5, 6, 7, 8, 9]
+        visits = [len(prompt) for prompt in prompts if prompt[0] == f"{user}-0"]
+        assert visits[:10] == [5, 6, 7, 8, 9] * 2
+
+
+def test_busy_users_return_more_often():
+    lengths = [6] * 300 + [60] * 100
+    histories = [[f"{user}-{item}" for item in range(length)] for user, length in enumerate(lengths)]
+    load = make(histories=histories, returning=1.0, max_history=50)
+    prompts = list(islice(load.prompts(0), 20_000))
+    busy = sum(int(prompt[0].split("-")[0]) >= 300 for prompt in prompts)
+    # A quarter of the users, with 6000 of 7800 interactions: 77 % of the visits.
+    assert busy / 20_000 == pytest.approx(6000 / 7800, abs=0.05)
+
+
+def test_fresh_and_returning_users_mix_as_asked():
+    histories = [[f"{user}-{item}" for item in range(30)] for user in range(200)]
+    mixed = list(islice(make(histories=histories, returning=0.3).prompts(1), 2000))
+    fresh = make(histories=histories).prompts(1)
+    due, num_fresh = next(fresh), 0
+    for prompt in mixed:
+        if prompt == due:
+            due, num_fresh = next(fresh), num_fresh + 1
+    assert num_fresh / 2000 == pytest.approx(0.7, abs=0.05)
+    assert mixed == list(islice(make(histories=histories, returning=0.3).prompts(1), 2000))
+
+
+def test_arrivals_are_poisson_and_the_same_for_every_process():
+    load = make()
+    times = list(islice(load.send_times(3, 50.0), 5000))
+    assert times == list(islice(make().send_times(3, 50.0), 5000))
+    assert times != list(islice(load.send_times(4, 50.0), 5000))
+    gaps = np.diff([0.0, *times])
+    # Exponential: mean and standard deviation are both 1 / rate.
+    assert gaps.mean() == pytest.approx(1 / 50, rel=0.06)
+    assert gaps.std() == pytest.approx(1 / 50, rel=0.06)
 
 
 ITEMS = {"a", "b", "c", "d"}

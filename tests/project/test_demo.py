@@ -50,7 +50,7 @@ LOAD_TEST = {
             "users": 1,
             "full": _side(10, 90, 110, 120),
             "pruned": _side(30, 30, 40, 50),
-            "speedup": {**_ratios(throughput=3.0, p50=3.0, p95=2.75), "p99": None},
+            "speedup": {**_ratios(throughput=3.0, p50=1.0, p95=2.75), "p99": None},
         },
     ],
 }
@@ -76,6 +76,8 @@ def test_the_table_tells_every_figure_of_the_two_reports():
         "3.00 [2.70, 3.30] times more",
     ]
     assert table["p95 (ms), 1 user"][2] == "2.75 [2.48, 3.03] times faster"
+    # Its interval holds 1.
+    assert table["p50 (ms), 1 user"][2] == "1.00 [0.90, 1.10], no difference shown"
     assert table["p99 (ms), 1 user"][2] == "not stated: too few requests"
     assert "GPU memory, peak" not in table
 
