@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import overload
+from typing import IO, overload
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,8 @@ from models.errors import LeanRecError
 
 COLUMNS = ("item_id", "title", "popularity")
 """Every other column of `catalog.parquet` is an attribute."""
+MAX_ITEMS = 10_000_000
+"""Rows of a file; what a damaged one claims to hold is not made room for"""
 _NOT_NORMAL = r"[^!-~ ]|^ | $|  "
 """Finds every title that `normal_title` may change, and some that it does not."""
 
@@ -184,7 +186,7 @@ def _attribute(name: str, column: pa.ChunkedArray, source: str) -> pa.ChunkedArr
         )
     try:
         return column.cast(target)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise LeanRecError(f"{source}: the column {name} cannot be read as {target} ({error})") from error
 
 
@@ -209,23 +211,40 @@ def read_catalog(path: Path) -> Catalog:
     """Read `catalog.parquet`.
 
     Raises:
-        LeanRecError: unreadable, a missing column, or content `make_catalog` refuses.
+        LeanRecError: unreadable, too long, a missing column, or content `make_catalog` refuses.
+    """
+    return read_parquet_catalog(path, str(path), MAX_ITEMS)
+
+
+def read_parquet_catalog(file: Path | IO[bytes], source: str, most_items: int) -> Catalog:
+    """Return the catalogue in a Parquet file.
+
+    Raises:
+        LeanRecError: unreadable, more than `most_items`, a missing column, or content `make_catalog` refuses.
     """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(file) as parquet:
+            items = parquet.metadata.num_rows
+            if items > most_items:  # before a small file unpacks to a large table
+                raise LeanRecError(f"{source}: {items} items; at most {most_items} are taken")
+            table = parquet.read()
+        table.validate(full=True)  # texts that are not UTF-8 would only be found when they are shown
+        if missing := {"item_id", "title"} - set(table.column_names):
+            raise LeanRecError(f"{source}: lacks the column {', '.join(sorted(missing))}")
+        popularity = np.zeros(len(table), np.int64)
+        if "popularity" in table.column_names:
+            popularity = np.asarray(table["popularity"].fill_null(0).cast(pa.int64()).to_numpy())
+        item_ids = table["item_id"].cast(pa.string()).to_pylist()
+        titles = table["title"].cast(pa.large_string())
     except FileNotFoundError as error:
-        raise LeanRecError(f"{path}: no such catalogue") from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise LeanRecError(f"{path}: not a readable Parquet file ({error})") from error
-    missing = {"item_id", "title"} - set(table.column_names)
-    if missing:
-        raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}")
-    popularity = None
-    if "popularity" in table.column_names:
-        popularity = np.asarray(table["popularity"].fill_null(0).cast(pa.int64()).to_numpy())
-    item_ids = [str(value) for value in table["item_id"].to_pylist()]
+        raise LeanRecError(f"{source}: no such catalogue") from error
+    except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LeanRecError(f"{source}: not a readable Parquet file ({reason})") from error
+    if None in item_ids or (popularity < 0).any():
+        raise LeanRecError(f"{source}: every row needs an item_id, and popularity cannot be negative")
     attributes = {name: table[name] for name in table.column_names if name not in COLUMNS}
-    return make_catalog(item_ids, table["title"].cast(pa.string()), popularity, str(path), attributes)
+    return make_catalog(item_ids, titles, popularity, source, attributes)
 
 
 def write_catalog(path: Path, catalog: Catalog) -> str:

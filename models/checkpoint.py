@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from models.atomic import new_directory, write_json, write_text
 from models.catalog import Catalog, file_sha256, read_catalog, write_catalog
+from models.confined import check_references, inside
 from models.errors import LeanRecError
 from models.index import INDEX, index_key, open_index
 from models.prompt import PromptConfig, Prompter
@@ -62,11 +63,12 @@ def read_recommender(directory: Path | str) -> Recommender:
 
     Raises:
         LeanRecError: a file is missing, unreadable or of another format; the catalogue differs from its
-            checksum; weights are not safetensors or are cut short; the tokenizer cannot be loaded.
+            checksum; a file names one outside the directory; weights are not safetensors or are cut short;
+            the tokenizer cannot be loaded.
     """
     directory = Path(directory)
     described = read_description(directory)
-    catalog_path = directory / Path(str(described["catalog"]["file"])).name
+    catalog_path = inside(directory, described["catalog"]["file"], directory / "recommender.json")
     if catalog_path.is_file() and file_sha256(catalog_path) != described["catalog"]["sha256"]:
         raise LeanRecError(
             f"{catalog_path}: does not match the checksum in recommender.json; "
@@ -74,6 +76,7 @@ def read_recommender(directory: Path | str) -> Recommender:
         )
     catalog = read_catalog(catalog_path)
     check_weights(directory)
+    check_references(directory)
     # After the checks above: a wrong path is told at once.
     from transformers import AutoConfig, AutoTokenizer
 
@@ -145,12 +148,12 @@ def check_weights(directory: Path) -> None:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise LeanRecError(f"{index}: not a valid safetensors index ({error})") from error
     else:
         names = ["model.safetensors"]
     for name in names:
-        path = directory / Path(name).name
+        path = inside(directory, name, index)
         if not path.is_file():
             others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
                 p.name for p in directory.glob("*.pt")

@@ -5,6 +5,7 @@ its arrays; a file of another key, or a damaged one, is never used. It has no na
 which would be taken for weights.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from models.atomic import new_file
@@ -82,10 +84,17 @@ def open_index(path: Path, key: str, build: Callable[[], Trie]) -> Trie:
 
 
 def save_index(path: Path, key: str, trie: Trie) -> None:
-    """Write a trie under the key of what it was built from, whole or not at all."""
+    """Write a trie under the key of what it was built from, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     arrays = {field.name: np.ascontiguousarray(getattr(trie, field.name)) for field in fields(trie)}
     with new_file(path) as temporary:
-        save_file(arrays, temporary, {"key": key, "sha256": _checksum(arrays)})
+        try:
+            save_file(arrays, temporary, {"key": key, "sha256": _checksum(arrays)})
+        except SafetensorError as error:  # how it tells of a full disk
+            raise OSError(errno.EIO, f"cannot be written ({error})") from error
 
 
 def load_index(path: Path, key: str) -> Trie:

@@ -66,12 +66,12 @@ class Prompter:
         self.config = config
         self.titles = titles
         self._title_tokens = title_tokens
+        sandbox = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        sandbox.globals.clear()  # loops go over the history, not over a range of any length
         try:
-            self._template = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined).from_string(
-                config.template
-            )
+            self._template = sandbox.from_string(config.template)
             self._template.render(history=["a", "b"])
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template's own faults too, as a division by zero
             raise LeanRecError(f"prompt.template: not a valid template ({error})") from error
 
     @cached_property

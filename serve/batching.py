@@ -5,11 +5,14 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from models.engine import Engine
+from models.errors import LeanRecError
 from models.search import SearchRequest, SearchResult
 from serve.metrics import Metrics
 from serve.problems import ServiceProblem, unavailable
@@ -26,6 +29,26 @@ class BatchLimits:
     prompt_tokens: int = 2400
     waiting: int = 256
     """Requests that may wait; more are turned away with 503"""
+    longest_wait_s: float = 10.0
+    """In which a request is answered, or refused"""
+    longest_batch_s: float = 60.0
+    """An engine that takes longer is taken for hung"""
+
+
+ADMITTED_SHARE = 0.5
+"""Of the longest wait: as the estimate may be wrong by half, few who are let in are late."""
+
+
+LOST_RETRY_S = 10
+"""For a supervisor to start the service again"""
+
+
+class EngineLostError(Exception):
+    """The engine will answer nothing any more."""
+
+
+class ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +61,13 @@ class Answered:
     search_ms: float
 
 
-@dataclass
+@dataclass(eq=False)
 class _Waiting:
     search: SearchRequest
     shelf: Shelf
     answer: asyncio.Future[Answered]
     since: float = field(default_factory=time.perf_counter)
+    is_queued: bool = True
 
 
 class Batcher:
@@ -63,40 +87,108 @@ class Batcher:
         self._limits = limits
         self._metrics = metrics
         self._queue: deque[_Waiting] = deque()
+        self._running: list[_Waiting] = []
         self._arrived = asyncio.Event()
         self._seconds_per_request = 0.05
+        self._lost = ""
+        """Why the engine answers no more, where it does not"""
+        self.on_lost: Callable[[str], None] = lambda _: None
 
-    async def answer(self, search: SearchRequest, shelf: Shelf, admitted: bool = False) -> Answered:
+    @property
+    def expected_wait_s(self) -> float:
+        """How long a request that came now would wait for its answer, seconds; an estimate."""
+        return (len(self._queue) + len(self._running)) * self._seconds_per_request
+
+    def refusal(self) -> ServiceProblem | None:
+        """Return why a request that comes now is turned away, or None."""
+        if self._lost:
+            return unavailable(self._lost, LOST_RETRY_S)
+        expected_s = self.expected_wait_s
+        limits = self._limits
+        if len(self._queue) < limits.waiting and expected_s <= ADMITTED_SHARE * limits.longest_wait_s:
+            return None
+        detail = (
+            f"{len(self._queue)} requests are waiting, which is all that can be answered in time; try again"
+        )
+        return unavailable(detail, max(1, math.ceil(expected_s)))
+
+    async def answer(
+        self,
+        search: SearchRequest,
+        shelf: Shelf,
+        *,
+        deadline: float | None = None,
+        left: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ) -> Answered:
         """Wait in the queue and return the answer.
 
         Args:
-            admitted: The service's own request: never turned away.
+            deadline: When the event loop's clock shows it, the request is given up. None: the service's own
+                request, which is never turned away.
+            left: Returns once nobody waits for the answer any more.
 
         Raises:
-            ServiceProblem: 503 when the queue is full, 500 when the engine fails on this request.
+            ServiceProblem: 503 when too many wait, the deadline passed or the engine is lost, 500 when the
+                engine fails on this request.
+            ClientLeftError: nobody waits any more; the request is out of the queue.
         """
-        if len(self._queue) >= self._limits.waiting and not admitted:
-            seconds = max(1, math.ceil(len(self._queue) * self._seconds_per_request))
-            raise unavailable(
-                f"{len(self._queue)} requests are waiting, which is the limit; try again", seconds
-            )
-        waiting = _Waiting(search, shelf, asyncio.get_running_loop().create_future())
+        refused = self.refusal() if deadline is not None else None
+        if refused is not None:
+            raise refused
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(search, shelf, loop.create_future())
         self._queue.append(waiting)
         self._metrics.waiting.set(len(self._queue))
         self._arrived.set()
-        return await waiting.answer
+        alarm = loop.call_at(deadline, self._expire, waiting) if deadline is not None else None
+        watch = loop.create_task(left()) if left is not None else None
+        if watch is not None:
+            watch.add_done_callback(partial(_abandon, waiting.answer))
+        try:
+            return await waiting.answer
+        except asyncio.CancelledError:
+            if watch is not None and watch.done() and not watch.cancelled():
+                raise ClientLeftError from None
+            raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            if watch is not None:
+                watch.cancel()
+            self._forget(waiting)
+
+    def _expire(self, waiting: _Waiting) -> None:
+        if not waiting.answer.done():
+            self._metrics.late.inc()
+            detail = f"there was no answer within {self._limits.longest_wait_s:g} s; try again"
+            waiting.answer.set_exception(unavailable(detail, max(1, math.ceil(self.expected_wait_s))))
+
+    def _forget(self, waiting: _Waiting) -> None:
+        """Take out of the queue what is not to be computed any more."""
+        if waiting.is_queued:
+            waiting.is_queued = False
+            self._queue.remove(waiting)
+            self._metrics.waiting.set(len(self._queue))
 
     async def run(self) -> None:
-        """Answer batch after batch, until cancelled."""
+        """Answer batch after batch, until cancelled or the engine is lost."""
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._lost:
             await self._arrived.wait()
-            batch = self._next_batch()
+            batch = self._running = self._next_batch()
             if not batch:
                 self._arrived.clear()
                 continue
             begun = time.perf_counter()
-            answers = await loop.run_in_executor(self._executor, self._answer_in_thread, batch)
+            watchdog = loop.call_later(self._limits.longest_batch_s, self._hang)
+            try:
+                answers = await loop.run_in_executor(self._executor, self._answer_in_thread, batch)
+            except EngineLostError as error:
+                self._lose(f"the engine fails on every request ({error})")
+                return
+            finally:
+                watchdog.cancel()
+            self._running = []
             seconds = (time.perf_counter() - begun) / len(batch)
             self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
             self._metrics.batch_size.observe(len(batch))
@@ -110,19 +202,33 @@ class Batcher:
                 else:
                     waiting.answer.set_result(answer)
 
+    def _hang(self) -> None:
+        self._lose(f"the engine has been at one batch for {self._limits.longest_batch_s:g} s")
+
+    def _lose(self, reason: str) -> None:
+        """Answer all that waits, and tell that no more will be."""
+        if self._lost:
+            return
+        self._lost = reason
+        for waiting in (*self._running, *self._queue):
+            if not waiting.answer.done():
+                waiting.answer.set_exception(unavailable(reason, LOST_RETRY_S))
+        self._running = []
+        self.on_lost(reason)
+
     def _next_batch(self) -> list[_Waiting]:
-        """Take from the queue, in order, what fits one batch; leave out what nobody waits for any more."""
+        """Take from the queue, in order, what fits one batch."""
         batch: list[_Waiting] = []
         tokens = 0
         while self._queue and len(batch) < self._limits.requests:
             waiting = self._queue[0]
-            if waiting.answer.done():
-                self._queue.popleft()
-                continue
             tokens += len(waiting.search.prompt)
             if batch and (tokens > self._limits.prompt_tokens or waiting.shelf is not batch[0].shelf):
                 break
-            batch.append(self._queue.popleft())
+            self._queue.popleft()
+            waiting.is_queued = False
+            if not waiting.answer.done():  # else it is about to be taken out
+                batch.append(waiting)
         self._metrics.waiting.set(len(self._queue))
         return batch
 
@@ -137,6 +243,8 @@ class Batcher:
         except Exception as error:
             logger.error("a batch of %d requests failed", len(batch), exc_info=error)
             results = [self._answer_alone(waiting, error) for waiting in batch]
+            if all(isinstance(result, Exception) for result in results):
+                self._prove(shelf)
         timings = self._engine.timings
         return [
             result
@@ -156,3 +264,23 @@ class Batcher:
         except Exception as again:
             failed.__cause__ = again
             return failed
+
+    def _prove(self, shelf: Shelf) -> None:
+        """Ask the engine what it answered before, after it failed on all that it was asked.
+
+        Raises:
+            EngineLostError: it fails on that too: its worker has died, or its memory is gone.
+        """
+        if shelf is not self._shelf:
+            return  # it could not take the catalogue, and still has the old one
+        try:
+            self._engine.recommend([shelf.probe])
+        except LeanRecError:
+            return  # it works, and has a reason to refuse
+        except Exception as error:
+            raise EngineLostError(str(error).partition("\n")[0] or type(error).__name__) from error
+
+
+def _abandon(answer: "asyncio.Future[Answered]", watch: "asyncio.Task[None]") -> None:
+    if not watch.cancelled():
+        answer.cancel()

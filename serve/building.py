@@ -4,10 +4,12 @@ The trie of a large one is built in a process of its own, at low priority: in th
 interpreter, and with it every request.
 """
 
+import errno
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from os import EX_IOERR
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,6 +32,7 @@ def make_shelf(recommender: Recommender, catalog: Catalog, max_length: int) -> S
 
     Raises:
         LeanRecError: its titles cannot make a trie, or are too long for the model.
+        OSError: there is no room for temporary files.
     """
     if len(catalog) < APART:
         shelf = Shelf.with_catalog(recommender, catalog)
@@ -61,6 +64,8 @@ def _build_apart(directory: Path, catalog: Catalog) -> Trie:
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if done.returncode == EX_IOERR:
+                raise OSError(errno.EIO, last)
             raise LeanRecError(last.removeprefix("error: "))
         return load_index(Path(folder) / INDEX, folder)  # the mapping outlives the file
 
@@ -73,7 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     os.nice(NICE)
     directory, folder = map(Path, arguments)
     recommender = replace(read_recommender(directory), catalog=read_catalog(folder / _CATALOG))
-    save_index(folder / INDEX, str(folder), recommender.trie)
+    try:
+        save_index(folder / INDEX, str(folder), recommender.trie)
+    except OSError as error:
+        print(error.strerror or error, file=sys.stderr)
+        return EX_IOERR
     return 0
 
 

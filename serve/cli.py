@@ -1,79 +1,36 @@
 """`serve`: a recommender directory behind HTTP."""
 
 import argparse
+import atexit
 import errno
 import gc
 import logging
 import os
 import socket
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
-from models.errors import LeanRecError, UsageError, run_command
+from models.errors import LeanRecError, run_command
+from serve.arguments import check_options, make_parser
+from serve.logs import start_logging
+from serve.secrets import read_keys, read_token
 
 if TYPE_CHECKING:
+    from serve.app import Front
     from serve.service import Service
 
-TOKEN_VARIABLE = "LEANREC_ADMIN_TOKEN"
-REPLICAS_FLAGS = ("--data-parallel-size", "--data_parallel_size", "-dp")
-"""As vLLM has them"""
+LEAVE_S = 10.0
 
 logger = logging.getLogger("serve")
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the service's own options."""
-    parser = argparse.ArgumentParser(
-        prog="serve",
-        description="Serve a recommender directory: POST /recommend, a page to try it at /, docs at /docs.",
-        epilog="Any vLLM engine argument may be given besides, for example --dtype float32, "
-        "--kv-cache-memory-bytes 268435456 or --max-model-len 2048. "
-        f"PUT /catalog needs a token, from {TOKEN_VARIABLE} or --admin-token-file.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, type=Path, metavar="DIR", help="recommender directory")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--port", default=8000, type=int, help="port, 0 for a free one (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--admin-token-file", type=Path, metavar="FILE", help="file with the token of PUT /catalog"
-    )
-    parser.add_argument(
-        "--catalog",
-        type=Path,
-        metavar="FILE",
-        help="serve this catalogue (item_id, title, popularity and attributes, as Parquet) in place of the "
-        "recommender's own",
-    )
-    parser.add_argument(
-        "--reload-catalog", action="store_true", help="serve the --catalog FILE anew whenever it changes"
-    )
-    parser.add_argument(
-        *REPLICAS_FLAGS,
-        default=1,
-        type=int,
-        metavar="N",
-        help="replicas of the engine behind the one port, each on a GPU or CPU cores of its own "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--plan", action="store_true", help="print the memory the service will take, and start nothing"
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; return the exit code."""
     given = sys.argv[1:] if argv is None else argv
     options, vllm_arguments = make_parser().parse_known_args(given)
-    if not 0 <= options.port <= 65_535:
-        raise UsageError(f"--port {options.port}: is not between 0 and 65535")
-    if options.data_parallel_size < 1:
-        raise UsageError(f"--data-parallel-size {options.data_parallel_size}: is not 1 or more")
-    if options.reload_catalog and options.catalog is None:
-        raise UsageError("--reload-catalog: needs --catalog FILE, the file to look after")
+    check_options(options)
     replicas = options.data_parallel_size
     if options.plan:
         from serve.plan import plan_memory
@@ -84,32 +41,47 @@ def main(argv: list[str] | None = None) -> int:
         from serve.devices import check_devices
 
         check_devices(replicas)
-    token = read_token(options.admin_token_file)
-    start_logging()
+    front = make_front(options)
+    start_logging(style=options.log_format)
     listener = listen(options.host, options.port)
+    metrics_listener = None
+    if options.metrics_port is not None:
+        metrics_listener = listen(options.host, options.metrics_port)
+        logger.info("metrics on http://%s:%d", *metrics_listener.getsockname()[:2])
     loading = "listening on http://%s:%d, loading %s"
     where = listener.getsockname()[:2]
     if replicas > 1:
         from serve.replicas import serve_replicas
 
         logger.info(f"{loading} in %d replicas", *where, options.model, replicas)
-        return serve_replicas(given, replicas, listener)
+        return serve_replicas(given, replicas, listener, metrics_listener)
 
     from serve.app import create_app
+    from serve.metrics_route import create_metrics_app
     from serve.server import DrainingServer, run_server
 
     service = make_service(options, vllm_arguments)
     logger.info(loading, *where, options.model)
-    run_server(DrainingServer(service, create_app(service, token)), [listener], options.model)
+    server = DrainingServer(service, create_app(service, front), create_metrics_app(service.metrics))
+    run_server(server, [listener], options.model, metrics_listener)
     return 0
 
 
-def start_logging(process: str = "") -> None:
-    """Log to stderr; `process` is told in every line."""
-    line = f"%(asctime)s %(levelname)s {process}%(name)s: %(message)s"
-    logging.basicConfig(level=logging.INFO, format=line, stream=sys.stderr)
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+def make_front(options: argparse.Namespace) -> "Front":
+    """Return how the service shows itself.
+
+    Raises:
+        LeanRecError: keys or the token cannot be read.
+    """
+    keys, token = read_keys(options.api_key), read_token(options.admin_token_file)
+    from serve.access import Access
+    from serve.app import Front
+
+    return Front(
+        access=Access(keys=keys, admin_token=token, rate_limit=options.rate_limit),
+        log_histories=options.log_histories,
+        metrics_apart=options.metrics_port is not None,
+    )
 
 
 def make_service(options: argparse.Namespace, vllm_arguments: list[str]) -> "Service":
@@ -123,7 +95,8 @@ def make_service(options: argparse.Namespace, vllm_arguments: list[str]) -> "Ser
         # What was loaded stays: a full collection would walk all of torch and vLLM and hold every request.
         gc.collect()
         gc.freeze()
-        return loaded
+        limits = replace(loaded.limits, longest_wait_s=options.max_wait, longest_batch_s=options.watchdog)
+        return replace(loaded, limits=limits)
 
     return Service(load, options.catalog, options.reload_catalog)
 
@@ -149,26 +122,20 @@ def listen(host: str, port: int) -> socket.socket:
         raise LeanRecError(f"{host}:{port}: {reason}") from error
 
 
-def read_token(path: Path | None) -> str | None:
-    """Return the administrator's token from the file or the environment, or None.
-
-    Raises:
-        LeanRecError: the file cannot be read or is empty.
-    """
-    if path is None:
-        return os.environ.get(TOKEN_VARIABLE, "").strip() or None
-    try:
-        token = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise LeanRecError(f"--admin-token-file {path}: cannot be read ({error})") from error
-    if not token:
-        raise LeanRecError(f"--admin-token-file {path}: is empty")
-    return token
+def leave(code: int) -> NoReturn:
+    """End the process without the interpreter's closing, which would wait for an engine that hangs."""
+    last = threading.Timer(LEAVE_S, os._exit, (code,))  # libraries' own closing may wait for it too
+    last.daemon = True
+    last.start()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def run() -> None:
+def run() -> NoReturn:
     """Console script."""
-    sys.exit(run_command(main))
+    leave(run_command(main))
 
 
 if __name__ == "__main__":

@@ -51,6 +51,14 @@ class Metrics:
             "leanrec_cached_prompt_tokens", "Prompt tokens found in the prefix cache.", registry=registry
         )
         self.waiting = Gauge("leanrec_waiting", "Requests waiting for a batch.", registry=registry)
+        self.refused = Counter(
+            "leanrec_refused",
+            "Requests turned away at the door, as they would have waited too long.",
+            registry=registry,
+        )
+        self.late = Counter(
+            "leanrec_late", "Requests that were let in but not answered in time.", registry=registry
+        )
         self.ready = Gauge("leanrec_ready", "1 when requests are answered.", registry=registry)
         self.loop_lag = LoopLag()
         Gauge(

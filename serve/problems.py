@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope, Send
 
 from serve.schemas import Problem, RecommendRequest
 
@@ -46,6 +47,15 @@ def problem_body(status: int, detail: str, path: str, request_id: str, errors: A
     if errors:
         problem["errors"] = errors
     return json.dumps(problem).encode()
+
+
+async def send_problem(scope: Scope, send: Send, problem: ServiceProblem) -> None:
+    """Send an error from before the application."""
+    body = problem_body(problem.status, problem.detail, scope["path"], scope.get("request_id", ""))
+    headers = [(b"content-type", MEDIA_TYPE.encode()), (b"content-length", str(len(body)).encode())]
+    headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
+    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -5,18 +5,20 @@ are confirmed, and to drain; where it closes, or is gone, the replica answers wh
 """
 
 import asyncio
-import atexit
-import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from models.errors import LeanRecError, UsageError, run_command
-from serve.cli import make_parser, make_service, read_token, start_logging
+from serve.arguments import make_parser
+from serve.cli import leave, make_front, make_service
 from serve.devices import take_device
+from serve.logs import start_logging
 
 CONNECTION = b"connection"
+METRICS_CONNECTION = b"metrics"
 GO = b"go"
 DRAIN = b"drain"
 CONFIRMED = b"confirmed"
@@ -49,10 +51,11 @@ def _serve(
     index: int, names: list[str], parent: socket.socket, metrics: socket.socket, arguments: list[str]
 ) -> None:
     options, vllm_arguments = make_parser().parse_known_args(arguments)
-    start_logging(f"replica {index} ")
+    start_logging(f"replica {index} ", options.log_format)
     take_device(index, len(names))
 
     from serve.app import create_app
+    from serve.metrics_route import create_metrics_app
     from serve.server import DrainingServer, run_server
     from serve.siblings import Siblings
 
@@ -60,7 +63,7 @@ def _serve(
         """Takes its connections from the parent, and its orders too."""
 
         def __init__(self) -> None:
-            super().__init__(service, app)
+            super().__init__(service, app, create_metrics_app(service.metrics, siblings))
             self._go = asyncio.Event()
             self._accepting: set[asyncio.Task[object]] = set()
             service.before_ready = self._all_confirmed
@@ -70,13 +73,13 @@ def _serve(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            self._metrics_server = await asyncio.start_unix_server(self._tell_metrics, sock=metrics)
+            self._teller = await asyncio.start_unix_server(self._tell_metrics, sock=metrics)
             parent.setblocking(False)
             asyncio.get_running_loop().add_reader(parent, self._on_message)
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             asyncio.get_running_loop().remove_reader(parent)
-            self._metrics_server.close()
+            self._teller.close()
             await super().shutdown(sockets)
 
         async def _all_confirmed(self) -> None:
@@ -86,7 +89,8 @@ def _serve(
         def _on_message(self) -> None:
             message, descriptors, _, _ = socket.recv_fds(parent, LONGEST_MESSAGE, 1)
             if descriptors:
-                task = asyncio.create_task(self._accept(socket.socket(fileno=descriptors[0])))
+                protocol = self.metrics_protocol if message == METRICS_CONNECTION else self._protocol
+                task = asyncio.create_task(self._accept(socket.socket(fileno=descriptors[0]), protocol))
                 self._accepting.add(task)
                 task.add_done_callback(self._accepting.discard)
             elif message == GO:
@@ -97,11 +101,11 @@ def _serve(
                 asyncio.get_running_loop().remove_reader(parent)
                 self.stop()
 
-        async def _accept(self, connection: socket.socket) -> None:
+        async def _accept(self, connection: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             loop = asyncio.get_running_loop()
-            await loop.connect_accepted_socket(self._protocol, connection)
+            await loop.connect_accepted_socket(protocol, connection)
 
         def _protocol(self) -> asyncio.Protocol:
             return self.config.http_protocol_class(  # type: ignore[call-arg]
@@ -115,16 +119,13 @@ def _serve(
 
     service = make_service(options, vllm_arguments)
     siblings = Siblings(index, [b"\0" + name.encode() for name in names])
-    app = create_app(service, read_token(options.admin_token_file), siblings)
+    app = create_app(service, make_front(options), siblings)
     run_server(ReplicaServer(), [], Path(options.model))
 
 
 def run() -> None:
     """Run, and leave without the interpreter's closing: libraries would write pages of what they leaked."""
-    code = run_command(main)
-    atexit._run_exitfuncs()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(run_command(main))
 
 
 if __name__ == "__main__":

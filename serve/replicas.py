@@ -16,7 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from models.errors import LeanRecError, UsageError
-from serve.replica import CONFIRMED, CONNECTION, DRAIN, ERROR, GO, LONGEST_MESSAGE
+from serve.replica import (
+    CONFIRMED,
+    CONNECTION,
+    DRAIN,
+    ERROR,
+    GO,
+    LONGEST_MESSAGE,
+    METRICS_CONNECTION,
+)
 
 DRAIN_NOTICE_S = 1.0
 """Between readiness saying no and the port closing, as in one process."""
@@ -30,7 +38,12 @@ REST_S = 0.02
 logger = logging.getLogger("serve")
 
 
-def serve_replicas(arguments: Sequence[str], count: int, listener: socket.socket) -> int:
+def serve_replicas(
+    arguments: Sequence[str],
+    count: int,
+    listener: socket.socket,
+    metrics_listener: socket.socket | None = None,
+) -> int:
     """Run replicas until SIGTERM or SIGINT; return the exit code.
 
     Args:
@@ -39,7 +52,7 @@ def serve_replicas(arguments: Sequence[str], count: int, listener: socket.socket
     Raises:
         LeanRecError: a replica could not be made ready, or ended; the others were stopped.
     """
-    return asyncio.run(_supervise(arguments, count, listener))
+    return asyncio.run(_supervise(arguments, count, listener, metrics_listener))
 
 
 @dataclass(eq=False)
@@ -86,8 +99,14 @@ class _Replica:
 class _Door:
     """Accepts connections and hands them to replicas in turn."""
 
-    def __init__(self, listener: socket.socket, replicas: Sequence[_Replica]) -> None:
+    def __init__(
+        self, listener: socket.socket, replicas: Sequence[_Replica], message: bytes = CONNECTION
+    ) -> None:
+        """Args:
+        message: What a replica is told with a connection.
+        """
         self.replicas = replicas
+        self._message = message
         self._listener = listener
         self._turn = 0
         self._held: socket.socket | None = None
@@ -126,12 +145,14 @@ class _Door:
             self._turn += 1
             # Fails where it has just ended, or has taken none for so long that no more may wait.
             with contextlib.suppress(OSError):
-                socket.send_fds(replica.control, [CONNECTION], [connection.fileno()])
+                socket.send_fds(replica.control, [self._message], [connection.fileno()])
                 return True
         return False
 
 
-async def _supervise(arguments: Sequence[str], count: int, listener: socket.socket) -> int:
+async def _supervise(
+    arguments: Sequence[str], count: int, listener: socket.socket, metrics_listener: socket.socket | None
+) -> int:
     loop = asyncio.get_running_loop()
     told, hurried = asyncio.Event(), asyncio.Event()
 
@@ -144,6 +165,9 @@ async def _supervise(arguments: Sequence[str], count: int, listener: socket.sock
     replicas = await _start(arguments, count)
     # Until all are confirmed the first answers alone, and says that the service is not ready.
     door = _Door(listener, replicas[:1])
+    metrics_door = None
+    if metrics_listener is not None:  # the first tells all replicas' metrics
+        metrics_door = _Door(metrics_listener, replicas[:1], METRICS_CONNECTION)
 
     def on_message(replica: _Replica) -> None:
         replica.hear()
@@ -157,6 +181,8 @@ async def _supervise(arguments: Sequence[str], count: int, listener: socket.sock
     ends = [asyncio.create_task(replica.process.wait()) for replica in replicas]
     await asyncio.wait([*ends, asyncio.create_task(told.wait())], return_when=asyncio.FIRST_COMPLETED)
 
+    if metrics_door is not None:
+        metrics_door.close()
     lost = [replica for replica in replicas if replica.process.returncode is not None]
     if told.is_set():
         lost = []

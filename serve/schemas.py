@@ -176,10 +176,21 @@ class ModelShape(BaseModel):
     intermediate_size: int
 
 
-class ModelInfo(BaseModel):
-    """What is served."""
+class ModelSummary(BaseModel):
+    """What a caller needs to know of what is served."""
 
     name: str
+    max_history: int
+    catalog_version: str
+    attributes: dict[str, AttributeKind] = Field(
+        description="What `filters` may name: the catalogue's attributes and their types; `texts` is a list "
+        "of texts, any of which may match."
+    )
+
+
+class ModelInfo(ModelSummary):
+    """What is served, with its details: told to the administrator, and to all where no secret is set."""
+
     architecture: str
     shape: ModelShape
     parameters: Parameters
@@ -187,12 +198,6 @@ class ModelInfo(BaseModel):
     kv_cache_bytes: int = Field(description="Reserved for the KV cache.")
     dtype: str
     engine: Literal["worker", "pooling", "transformers"]
-    max_history: int
-    catalog_version: str
-    attributes: dict[str, AttributeKind] = Field(
-        description="What `filters` may name: the catalogue's attributes and their types; `texts` is a list "
-        "of texts, any of which may match."
-    )
     vllm: str | None
     leanrec: str
 

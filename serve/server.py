@@ -6,11 +6,14 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import uvicorn
+from uvicorn.server import ServerState
 
 from models.errors import LeanRecError
+from serve.protocol import GuardedProtocol
 from serve.service import Service
 
 DRAIN_NOTICE_S = 1.0
@@ -18,22 +21,52 @@ DRAIN_NOTICE_S = 1.0
 DRAIN_LIMIT_S = 30
 
 
+def http_config(app: object, lifespan: Literal["on", "off"], port: int = 0) -> uvicorn.Config:
+    """Return how an application is served."""
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        port=port,
+        http=GuardedProtocol,
+        ws="none",  # an upgrade would go past what stands before the application
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        lifespan=lifespan,
+        timeout_graceful_shutdown=DRAIN_LIMIT_S,
+    )
+
+
 class DrainingServer(uvicorn.Server):
     """On the first signal: not ready, then closed; requests under way are answered. Then exit code 0."""
 
-    def __init__(self, service: Service, app: object) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,  # type: ignore[arg-type]
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                lifespan="on",
-                timeout_graceful_shutdown=DRAIN_LIMIT_S,
-            )
-        )
+    def __init__(self, service: Service, app: object, metrics_app: object = None) -> None:
+        """Args:
+        metrics_app: What is served on the port for metrics, where there is one.
+        """
+        super().__init__(http_config(app, lifespan="on"))
         self.service = service
+        self.metrics_socket: socket.socket | None = None
+        self._metrics_config = http_config(metrics_app, lifespan="off")
+        self._metrics_state = ServerState()
+        self._metrics_server: asyncio.Server | None = None
         service.on_failure = self.stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.metrics_socket is not None:
+            loop = asyncio.get_running_loop()
+            self._metrics_server = await loop.create_server(self.metrics_protocol, sock=self.metrics_socket)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self._metrics_server is not None:
+            self._metrics_server.close()
+        for connection in list(self._metrics_state.connections):
+            connection.shutdown()
+
+    def metrics_protocol(self) -> asyncio.Protocol:
+        """Return what speaks on a connection to the port for metrics."""
+        return GuardedProtocol(self._metrics_config, self._metrics_state, app_state={})
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Begin to drain; at the second signal, stop at once."""
@@ -50,13 +83,19 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(server: DrainingServer, sockets: list[socket.socket], directory: Path) -> None:
+def run_server(
+    server: DrainingServer,
+    sockets: list[socket.socket],
+    directory: Path,
+    metrics_socket: socket.socket | None = None,
+) -> None:
     """Serve a recommender directory until stopped.
 
     Raises:
         LeanRecError: it could not be made ready.
     """
     service = server.service
+    server.metrics_socket = metrics_socket
     server.run(sockets=sockets)
     # The interpreter's closing collections would walk every object of torch and vLLM, for many seconds.
     gc.freeze()

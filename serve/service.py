@@ -3,13 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from models.catalog import Catalog, read_catalog
 from models.checkpoint import Recommender
@@ -17,7 +17,7 @@ from models.engine import Engine
 from models.errors import LeanRecError
 from models.families import Shape, config_parameters
 from models.golden import Golden
-from models.search import SearchRequest, SearchResult
+from models.search import SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
 from serve.building import make_shelf
 from serve.metrics import STAGES, Metrics
@@ -27,6 +27,7 @@ from serve.schemas import (
     CatalogSummary,
     ModelInfo,
     ModelShape,
+    ModelSummary,
     Parameters,
     RecommendRequest,
     RecommendResponse,
@@ -123,23 +124,35 @@ class Service:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._batcher is not None and self._loaded is not None:
+        if self._batcher is not None and self._loaded is not None and self.state != "failed":
             await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+    def refusal(self) -> ServiceProblem | None:
+        """Return why a recommendation asked for now would not be answered, or None."""
+        return self._not_ready() if self._batcher is None else self._batcher.refusal()
+
+    async def recommend(
+        self, request: RecommendRequest, left: Callable[[], Coroutine[Any, Any, None]] | None = None
+    ) -> RecommendResponse:
         """Answer one request.
 
+        Args:
+            left: Returns once nobody waits for the answer any more.
+
         Raises:
-            ServiceProblem: not ready, too many waiting, or the engine failed.
+            ServiceProblem: not ready, too many waiting, too late, or the engine failed.
             LeanRecError: a filter that the catalogue cannot answer.
+            ClientLeftError: nobody waits any more.
         """
         begun = time.perf_counter()
+        loop_begun = asyncio.get_running_loop().time()
         loaded, batcher, shelf, prepared = await self._prepared(request)
         if prepared.search is None:
             answered = Answered(cold_start(prepared, shelf), 0.0, 0.0, 0.0)
         else:
-            answered = await batcher.answer(prepared.search, shelf)
+            deadline = loop_begun + loaded.limits.longest_wait_s
+            answered = await batcher.answer(prepared.search, shelf, deadline=deadline, left=left)
         timings = StageTimings(
             queue=answered.queue_ms,
             prefill=answered.prefill_ms,
@@ -164,15 +177,21 @@ class Service:
 
         Raises:
             LeanRecError: the new catalogue is not valid; the old one stays.
-            ServiceProblem: 503 when not ready, 500 when the engine cannot take it; the old one stays.
+            ServiceProblem: 503 when not ready, 507 when there is no room to build it, 500 when the
+                engine cannot take it; the old one stays.
         """
         async with self._swapping:
             loaded, batcher, _ = self._serving()
             try:
                 shelf = await self._shelf_of(loaded, parse)
                 await self._adopt(batcher, shelf)
-            except Exception:
+            except Exception as error:
                 self.metrics.catalog_changes.labels(source, "refused").inc()
+                if isinstance(error, OSError):  # full, or not to be written to
+                    reason = (
+                        f"the catalogue cannot be made ready ({error.strerror or error}); the old one stays"
+                    )
+                    raise ServiceProblem(507, reason) from error
                 raise
             self.metrics.catalog_changes.labels(source, "served").inc()
             logger.info("catalogue %s with %d items is served", shelf.version, len(shelf.catalog))
@@ -190,8 +209,7 @@ class Service:
         self._settled.clear()
         try:
             # A first search through the queue, behind all that waits for the old catalogue.
-            probe = SearchRequest(prompt=shelf.prompter.encode(shelf.popular[:1].tolist()))
-            await batcher.answer(probe, shelf, admitted=True)
+            await batcher.answer(shelf.probe, shelf)
             self._shelf = shelf
             self.metrics.serve_catalog(shelf.version)
         finally:
@@ -209,18 +227,31 @@ class Service:
                 return loaded, batcher, shelf, prepared
             # Another catalogue came meanwhile; the engine is not to go back to the old one.
 
-    def model_info(self) -> ModelInfo:
-        """Return what is served.
+    def model_summary(self) -> ModelSummary:
+        """Return what callers need of the model.
 
         Raises:
             ServiceProblem: 503 until the model is loaded.
         """
-        if self._loaded is None:
-            raise self._not_ready()
-        loaded, config = self._loaded, self._loaded.recommender.config
+        loaded, _, shelf = self._serving()
+        return ModelSummary(
+            name=loaded.name,
+            max_history=loaded.recommender.prompt.max_history,
+            catalog_version=shelf.version,
+            attributes=shelf.filters.kinds,
+        )
+
+    def model_info(self) -> ModelInfo:
+        """Return all there is to tell of what is served.
+
+        Raises:
+            ServiceProblem: 503 until the model is loaded.
+        """
+        loaded, _, _ = self._serving()
+        config = loaded.recommender.config
         counts = config_parameters(config)
         return ModelInfo(
-            name=loaded.name,
+            **self.model_summary().model_dump(),
             architecture=config.architectures[0],
             shape=ModelShape(**asdict(Shape.of(config))),
             parameters=Parameters(
@@ -232,9 +263,6 @@ class Service:
             kv_cache_bytes=loaded.kv_cache_bytes,
             dtype=loaded.dtype,
             engine=loaded.kind,
-            max_history=loaded.recommender.prompt.max_history,
-            catalog_version=self.shelf.version,
-            attributes=self.shelf.filters.kinds,
             vllm=loaded.vllm,
             leanrec=version("leanrec"),
         )
@@ -249,6 +277,7 @@ class Service:
             shelf = await asyncio.to_thread(_warm_shelf, loaded.recommender)
             await loop.run_in_executor(self._thread, _warm_engine, loaded)
             batcher = Batcher(loaded.engine, shelf, self._thread, loaded.limits, self.metrics)
+            batcher.on_lost = self._on_lost
             self._tasks.append(asyncio.create_task(batcher.run()))
             file = self._catalog_file
             known = signature(file) if file else None
@@ -256,8 +285,7 @@ class Service:
                 shelf = await self._shelf_of(loaded, partial(read_catalog, file))
                 await self._adopt(batcher, shelf)
         except Exception as error:
-            self.failure, self.state = error, "failed"
-            self.on_failure()
+            self._fail(error)
             return
         if self.before_ready is not None:  # other replicas are waited for
             await self.before_ready()
@@ -275,6 +303,15 @@ class Service:
             )
         if file and self._reload_catalog:
             self._tasks.append(asyncio.create_task(self._follow(file, known)))
+
+    def _on_lost(self, reason: str) -> None:
+        name = self._loaded.recommender.directory if self._loaded else "the model"
+        self._fail(LeanRecError(f"{name}: {reason}; the service ends, to be started again"))
+
+    def _fail(self, error: Exception) -> None:
+        self.failure, self.state = error, "failed"
+        self.metrics.ready.set(0)
+        self.on_failure()
 
     async def _follow(self, file: Path, known: Signature) -> None:
         """Serve the file anew whenever it changes; a bad one leaves what is served."""

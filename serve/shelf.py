@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
-from models.catalog import COLUMNS, Catalog, make_catalog
+from models.catalog import Catalog, make_catalog, read_parquet_catalog
 from models.errors import LeanRecError
+from models.search import SearchRequest
 from serve.filters import Filters
 from serve.schemas import MAX_CATALOG_ITEMS, CatalogItem, CatalogPage, CatalogRow
 
@@ -48,7 +48,7 @@ class Shelf:
         """Derive now what requests will need, so that none of them waits for it."""
         _ = self.version, self.deepest, self.popular, self.log_share
         _ = self.catalog.row_of, self.catalog.row_of_title, self.prompter.title_tokens
-        _ = self.filters, self.trie.leaf_of_item
+        _ = self.filters, self.trie.leaf_of_item, self.probe
         pa.default_memory_pool().release_unused()  # a large table's columns on their way to other forms
 
     @property
@@ -76,6 +76,11 @@ class Shelf:
         """Log share of the training interactions, one added to every count: float64 `[items]`."""
         counts = self.catalog.popularity.astype(np.float64) + 1.0
         return np.log(counts / counts.sum())
+
+    @cached_property
+    def probe(self) -> SearchRequest:
+        """The service's own request: what follows the most popular item."""
+        return SearchRequest(prompt=self.prompter.encode(self.popular[:1].tolist()))
 
     def page(self, search: str, offset: int, limit: int) -> CatalogPage:
         """Return the items whose title holds `search`, most popular first."""
@@ -118,25 +123,7 @@ def parse_catalog(body: bytes, media_type: str) -> Catalog:
         counts = np.array([row.popularity for row in rows], np.int64)
         item_ids, titles = [row.item_id for row in rows], [row.title for row in rows]
         return make_catalog(item_ids, titles, counts, "catalogue", _attributes(rows))
-    try:
-        with pq.ParquetFile(io.BytesIO(body)) as file:
-            _check_size(file.metadata.num_rows)  # before a small file unpacks to a large table
-            table = file.read()
-        if missing := {"item_id", "title"} - set(table.column_names):
-            raise LeanRecError(f"catalogue: lacks the column {', '.join(sorted(missing))}")
-        counts = np.zeros(len(table), np.int64)
-        if "popularity" in table.column_names:
-            counts = table["popularity"].cast(pa.int64()).fill_null(0).to_numpy()
-        item_ids = table["item_id"].cast(pa.string()).to_pylist()
-        titles = table["title"].cast(pa.large_string())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise LeanRecError(
-            f"catalogue: not a readable Parquet table ({str(error).splitlines()[0]})"
-        ) from error
-    if None in item_ids or (counts < 0).any():
-        raise LeanRecError("catalogue: every row needs an item_id, and popularity cannot be negative")
-    attributes = {name: table[name] for name in table.column_names if name not in COLUMNS}
-    return make_catalog(item_ids, titles, counts, "catalogue", attributes)
+    return read_parquet_catalog(io.BytesIO(body), "catalogue", MAX_CATALOG_ITEMS)
 
 
 def _attributes(rows: list[CatalogRow]) -> dict[str, pa.ChunkedArray]:

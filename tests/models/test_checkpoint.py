@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,18 @@ def text(name: str, content: str) -> Callable[[Path], None]:
     return lambda directory: (directory / name).write_text(content) and None
 
 
+def shards(name: object) -> Callable[[Path], None]:
+    return text("model.safetensors.index.json", json.dumps({"weight_map": {"a": name}}))
+
+
+def tokenizer_setting(key: str, value: object) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        path = directory / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -129,13 +142,62 @@ def text(name: str, content: str) -> Callable[[Path], None]:
         (text("recommender.json", "[" * 100_000), "not valid JSON"),
         (description(format=9), "format is 9; this version reads 1"),
         (description(prompt={"max_history": "many"}), "max_history must be of type int"),
-        (description(catalog={"file": "../../etc/passwd", "sha256": ""}), "passwd: no such catalogue"),
+        (description(catalog={"file": "../../etc/passwd", "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": "..", "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": ".", "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": "", "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": "/etc/passwd", "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": ["x"], "sha256": ""}), "not the name of a file beside it"),
+        (description(catalog={"file": "a\x00b", "sha256": ""}), "not the name of a file beside it"),
+        (shards("../model.safetensors"), "not the name of a file beside it"),
+        (shards("/etc/hostname"), "not the name of a file beside it"),
+        (shards("model.safetensors/../model.safetensors"), "not the name of a file beside it"),
+        (shards(5), "not a valid safetensors index|not the name of a file"),
+        (text("model.safetensors.index.json", "[" * 100_000), "not a valid safetensors index"),
+        (tokenizer_setting("vocab_file", "../vocab.json"), "not the name of a file beside it"),
+        (tokenizer_setting("tokenizer_file", "/etc/hostname"), "not the name of a file beside it"),
+        (tokenizer_setting("fast_tokenizer_files", ["../tokenizer.1.json"]), "not the name of a file"),
+        (text("tokenizer_config.json", "[" * 100_000), "not valid JSON"),
+        (text("adapter_config.json", '{"base_model_name_or_path": "/x"}'), "adapters are not read"),
     ],
 )
 def test_damage_is_named(copy: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(copy)
     with pytest.raises(LeanRecError, match=message):
         load_model(read_recommender(copy))
+
+
+def test_where_a_tokenizer_was_made_does_not_matter(copy: Path) -> None:
+    tokenizer_setting("special_tokens_map_file", "/home/x/special_tokens_map.json")(copy)
+    assert len(read_recommender(copy).catalog) > 0
+
+
+def test_a_pickle_runs_nothing(copy: Path, tmp_path: Path) -> None:
+    """Under the names that others load pickles by, beside sound weights and in their place."""
+    payload = pickle.dumps(Payload(tmp_path / "ran"))
+    names = ("pytorch_model.bin", "model.pt", "training_args.bin", "optimizer.pt")
+    for name in names:
+        (copy / name).write_bytes(payload)
+    load_model(read_recommender(copy))
+    (copy / "model.safetensors").write_bytes(payload * 50)
+    with pytest.raises(LeanRecError, match="not a safetensors file"):
+        read_recommender(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(LeanRecError, match="is a pickle and is not read"):
+        read_recommender(copy)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
 
 
 def test_others_may_read_what_the_umask_lets_them(made: Path) -> None:

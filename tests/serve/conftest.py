@@ -8,13 +8,16 @@ import pytest
 from models.checkpoint import Recommender, load_model, read_recommender
 from models.golden import compute_golden
 from models.transformers_engine import TransformersEngine
-from serve.app import create_app
+from serve.access import Access
+from serve.app import Front, create_app
 from serve.batching import BatchLimits
 from serve.service import Loaded, Service
 from tests.serve.http import client_of, running, wait_until
 from tests.tiny import make_tiny_recommender
 
 TOKEN = "correct horse"
+ADMINISTERED = Front(access=Access(admin_token=TOKEN))
+ADMIN = {"authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +39,7 @@ def loaded(recommender: Recommender) -> Loaded:
         kv_cache_bytes=0,
         vllm=None,
         golden=lambda: compute_golden(recommender, model),
-        limits=BatchLimits(requests=4, waiting=16),
+        limits=BatchLimits(requests=4, waiting=16, longest_wait_s=60.0),
     )
 
 
@@ -55,7 +58,7 @@ def service(loaded: Loaded) -> Service:
 
 @pytest.fixture(scope="session")
 def url(service: Service) -> Iterator[str]:
-    with running(create_app(service, TOKEN)) as address:
+    with running(create_app(service, ADMINISTERED)) as address:
         wait_until(lambda: not service.is_loading)
         assert service.failure is None
         yield address

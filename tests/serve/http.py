@@ -4,16 +4,19 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import httpx
 import uvicorn
 from fastapi import FastAPI
 
+from serve.server import http_config
+
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
+def running(app: FastAPI, lifespan: Literal["on", "off"] = "on") -> Iterator[str]:
     """Serve the application on a free port; yield its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    server = uvicorn.Server(http_config(app, lifespan))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     while not server.started:

@@ -63,6 +63,10 @@ async def batching(limits: BatchLimits) -> AsyncIterator[tuple[Batcher, Stepped]
         executor.shutdown()
 
 
+def soon() -> float:
+    return asyncio.get_running_loop().time() + 60
+
+
 def request(name: int, tokens: int = 10) -> SearchRequest:
     return SearchRequest(prompt=[1] * tokens, k=name)
 
@@ -71,7 +75,7 @@ async def queued(
     batcher: Batcher, search: SearchRequest, catalog: Shelf = OLD
 ) -> "asyncio.Task[SearchResult]":
     async def answer() -> SearchResult:
-        return (await batcher.answer(search, catalog)).result
+        return (await batcher.answer(search, catalog, deadline=soon())).result
 
     task = asyncio.create_task(answer())
     await asyncio.sleep(0)
@@ -144,9 +148,9 @@ def test_who_left_is_not_computed_and_a_full_queue_turns_away_all_but_the_servic
             await begun(engine)
             waiting = [await queued(batcher, request(n)) for n in (1, 2, 3)]
             with pytest.raises(ServiceProblem) as refused:
-                await batcher.answer(request(4), OLD)
+                await batcher.answer(request(4), OLD, deadline=soon())
             assert refused.value.status == 503
-            own = asyncio.create_task(batcher.answer(request(5), NEW, admitted=True))
+            own = asyncio.create_task(batcher.answer(request(5), NEW))
             await asyncio.sleep(0)
             waiting[1].cancel()
             engine.go_on.release(100)

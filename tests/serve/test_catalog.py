@@ -16,7 +16,7 @@ from models.transformers_engine import TransformersEngine
 from serve.app import create_app
 from serve.service import Loaded
 from serve.shelf import Shelf, parse_catalog
-from tests.serve.conftest import TOKEN, KeptOpen
+from tests.serve.conftest import ADMINISTERED, TOKEN, KeptOpen
 from tests.serve.http import client_of, running, wait_until
 
 ADMIN = {"authorization": f"Bearer {TOKEN}"}
@@ -29,7 +29,7 @@ def client(loaded: Loaded) -> Iterator[httpx.Client]:
     """A service of its own: these tests change it."""
     service = KeptOpen(lambda: loaded)
     with (
-        running(create_app(service, TOKEN)) as url,
+        running(create_app(service, ADMINISTERED)) as url,
         httpx.Client(base_url=url, timeout=60, trust_env=False) as http,
     ):
         wait_until(lambda: service.state == "ready")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from models.errors import LeanRecError, UsageError
-from serve.cli import listen, main, read_token
+from serve.cli import listen, main
+from serve.secrets import read_token
 
 
 def serve(*arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:

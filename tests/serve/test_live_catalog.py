@@ -19,7 +19,7 @@ from serve import building, watch
 from serve.app import create_app
 from serve.service import Loaded, Service
 from serve.shelf import Shelf
-from tests.serve.conftest import TOKEN, KeptOpen
+from tests.serve.conftest import ADMINISTERED, TOKEN, KeptOpen
 from tests.serve.http import client_of, running, wait_until
 from tests.serve.test_end_to_end import start, url_of
 
@@ -55,7 +55,7 @@ def serving(loaded: Loaded, tmp_path: Path) -> Iterator[tuple[Service, httpx.Cli
     file = tmp_path / "catalog.parquet"
     write_catalog(file, marked(loaded.recommender, "First"))
     service = KeptOpen(lambda: loaded, file, True)
-    with running(create_app(service, TOKEN)) as url, client_of(url) as http:
+    with running(create_app(service, ADMINISTERED)) as url, client_of(url) as http:
         wait_until(lambda: not service.is_loading)
         assert service.failure is None
         yield service, http, file

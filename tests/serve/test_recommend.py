@@ -13,6 +13,7 @@ from serve import service
 from serve.recommend import prepare
 from serve.schemas import RecommendRequest
 from serve.service import Loaded
+from tests.serve.conftest import ADMIN
 
 
 def ask(client: httpx.Client, **body: object) -> dict:
@@ -186,7 +187,7 @@ def test_page_and_documents(client: httpx.Client) -> None:
 
 
 def test_model_tells_what_is_served(client: httpx.Client, recommender: Recommender) -> None:
-    model = client.get("/model").json()
+    model = client.get("/model", headers=ADMIN).json()
     assert model["name"] == "tiny"
     assert model["architecture"] == "LlamaForCausalLM"
     assert model["shape"]["num_layers"] == 2
