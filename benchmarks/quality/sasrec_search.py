@@ -28,6 +28,8 @@ class Config:
     layers: int = 2
     heads: int = 2
     learning_rate: float = 1e-3
+    scaled: bool = True
+    """Item embeddings times sqrt(hidden) before positions are added, as in SASRec's own code"""
     batch: int = 32
 
     @property

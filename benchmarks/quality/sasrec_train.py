@@ -93,6 +93,7 @@ def make_model(config: Config) -> Any:
         gbce_t=GBCE_T,
         lr=config.learning_rate,
         batch_size=config.batch,
+        pos_encoding_kwargs={"use_scale_factor": config.scaled},
     )
 
 
@@ -157,8 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.disable(logging.INFO)
     job = json.loads(options.job.read_text(encoding="utf-8"))
     with np.load(options.arrays) as stored:
         arrays = Arrays(**{name: stored[name] for name in Arrays.__dataclass_fields__})
