@@ -27,7 +27,7 @@ class Config:
     negatives: int = 0
     layers: int = 2
     heads: int = 2
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     scaled: bool = True
     """Item embeddings times sqrt(hidden) before positions are added, as in SASRec's own code"""
     batch: int = 32
@@ -69,30 +69,29 @@ def space_for(longest_history: int, positions: int) -> Space:
     if longest_history <= 20:
         base = Config(hidden=64, session=longest_history, dropout=0.5, windows="all")
         axes: list[Axis] = [
-            [{"windows": "each"}],
-            [{"dropout": 0.2}, {"dropout": 0.7}],
             [{"hidden": 128}],
-            [{"hidden": 256}],
-            [{"layers": 1}, {"layers": 3}],
+            [{"dropout": 0.2}],
+            [{"learning_rate": 1e-3}],
             SAMPLED,
-            [{"learning_rate": 3e-4}],
+            [{"layers": 1}],
+            [{"windows": "each"}],
         ]
-        return Space(base, axes, epochs=200, patience=8, seconds=900)
+        return Space(base, axes, epochs=200, patience=4, seconds=300)
     if positions < 300_000:
         base = Config(hidden=64, session=50, dropout=0.2, windows="all")
         axes = [
             [{"dropout": 0.5}],
-            [{"session": 100}],
-            [{"session": 200}],
-            [{"windows": "last"}, {"windows": "each"}],
+            [{"learning_rate": 1e-3}],
+            [{"session": 100}, {"session": 200}],
             [{"hidden": 128}],
-            [{"layers": 1}],
             SAMPLED,
+            [{"windows": "last"}],
+            [{"layers": 1}],
         ]
-        return Space(base, axes, epochs=200, patience=10, seconds=600)
+        return Space(base, axes, epochs=200, patience=5, seconds=300)
     base = Config(hidden=64, session=100, dropout=0.2, windows="all")
-    axes = [[{"hidden": 128}], [{"session": 200}, {"session": 50}], [{"dropout": 0.1}], SAMPLED]
-    return Space(base, axes, epochs=200, patience=5, seconds=3600)
+    axes = [[{"learning_rate": 1e-3}], [{"hidden": 128}], [{"session": 200}], [{"dropout": 0.1}], SAMPLED]
+    return Space(base, axes, epochs=200, patience=3, seconds=3600)
 
 
 def best_of(tried: Mapping[Config, float]) -> Config:
