@@ -29,7 +29,7 @@ class Tolerance:
 FP32 = Tolerance(difference=5e-3, tie=1e-4)
 INT8 = Tolerance(difference=0.5, tie=0.5)
 """The engines round activations by scales that differ by 1/255, so each makes rounding errors of its own:
-some hundredths in all. A scale or a matrix read wrongly makes whole units."""
+some hundredths in all, and vLLM's bf16 as much again. A scale or a matrix read wrongly makes whole units."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Parity:
-    """transformers against vLLM, both fp32."""
+    """transformers against vLLM, both fp32; of int8 checkpoints vLLM in bf16."""
 
     engine: str
     prompts: int

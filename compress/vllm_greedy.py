@@ -1,4 +1,4 @@
-"""Greedy tokens of a checkpoint in stock vLLM, in fp32: run as a process of its own by `verify`.
+"""Greedy tokens of a checkpoint in stock vLLM, in fp32, or bf16 where it is int8: run by `verify`, apart.
 
     python -m compress.vllm_greedy REQUEST.json REPLY.json
 
@@ -22,10 +22,13 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
     os.environ["VLLM_PLUGINS"] = vllm_plugin.NAME
     from vllm import LLM, SamplingParams
 
+    config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    is_quantized = bool(config.get("quantization_config"))
     engine = LLM(
         model=directory,
         skip_tokenizer_init=True,
-        dtype="float32",
+        # vLLM's int8 kernel for CPUs with AMX takes no fp32.
+        dtype="bfloat16" if is_quantized else "float32",
         enforce_eager=True,
         max_model_len=max(map(len, prompts)) + new_tokens,
         max_num_seqs=16,

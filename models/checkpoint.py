@@ -177,6 +177,9 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
         try:
             header = json.loads(file.read(length))
             header.pop("__metadata__", None)
+            numbers = [n for entry in header.values() for n in (*entry["shape"], *entry["data_offsets"])]
+            if not all(type(n) is int and n >= 0 for n in numbers):
+                raise TypeError("sizes that are no sizes")
             end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise LeanRecError(f"{path}: not a safetensors file (its header is not readable)") from error

@@ -21,12 +21,13 @@ def inside(directory: Path, name: object, named_in: Path) -> Path:
     Raises:
         LeanRecError: the name is not that of a file beside the other: it may lead anywhere.
     """
-    if not isinstance(name, str) or Path(name).name != name or name in (".", "..") or not name.isprintable():
+    plain = isinstance(name, str) and name.isprintable() and name not in ("", ".", "..")
+    if not plain or Path(str(name)).name != name:
         raise LeanRecError(
             f"{named_in}: names {str(name)[:100]!r}, which is not the name of a file beside it; "
             "everything a recommender consists of is in its directory"
         )
-    return directory / name
+    return directory / str(name)
 
 
 def check_references(directory: Path) -> None:

@@ -71,6 +71,7 @@ def create_app(service: Service, front: Front | None = None, siblings: Siblings 
         version=version("leanrec"),
         description="Recommends the next items after a history: the exact top k over the catalogue's titles.",
         lifespan=partial(_lifespan, service),
+        redirect_slashes=False,  # it would send clients to whatever host their request names
     )
     paths: set[str] = set()
     _stand_before(app, service, access, paths)

@@ -66,7 +66,9 @@ def test_any_description(tmp_path: Path, described: object) -> None:
 @FUZZ
 @given(
     header=VALUES
-    | st.dictionaries(NAMES, st.fixed_dictionaries({"data_offsets": VALUES}) | VALUES, max_size=3)
+    | st.dictionaries(
+        NAMES, st.fixed_dictionaries({"data_offsets": VALUES, "shape": st.just([1])}) | VALUES, max_size=3
+    )
 )
 def test_any_weights_header(tmp_path: Path, header: object) -> None:
     text = json.dumps(header).encode()
