@@ -229,6 +229,9 @@ def read_parquet_catalog(file: Path | IO[bytes], source: str, most_items: int) -
                 raise LeanRecError(f"{source}: {items} items; at most {most_items} are taken")
             table = parquet.read()
         table.validate(full=True)  # texts that are not UTF-8 would only be found when they are shown
+        names = table.column_names
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise LeanRecError(f"{source}: has the column {', '.join(sorted(twice))} more than once")
         if missing := {"item_id", "title"} - set(table.column_names):
             raise LeanRecError(f"{source}: lacks the column {', '.join(sorted(missing))}")
         popularity = np.zeros(len(table), np.int64)
