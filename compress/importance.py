@@ -66,7 +66,7 @@ def gate_scores(
             for captured in seen.values():
                 captured.clear()
             scored = title_scores(model, batch, valid)
-            drawn = _draw(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
+            drawn = draw_children(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
             units = [*seen["heads"], *seen["neurons"], *seen["norms"]]
             gradients = torch.autograd.grad(drawn.sum(), units)
             # Sum over time of <a, gradient>, per row and unit.
@@ -86,7 +86,9 @@ def gate_scores(
     return Importance(heads / (2 * rows), neurons / (2 * rows), channels / (2 * rows))
 
 
-def _draw(scored: ValidLogProbs, nodes: Tensor, valid: ValidTokens, generator: torch.Generator) -> Tensor:
+def draw_children(
+    scored: ValidLogProbs, nodes: Tensor, valid: ValidTokens, generator: torch.Generator
+) -> Tensor:
     """Return the log-probabilities of one child per position, drawn by them (Gumbel-max)."""
     root = (scored.root.detach() + _gumbel(scored.root, generator)).argmax(1, keepdim=True)
     inner_nodes = nodes[nodes != 0]

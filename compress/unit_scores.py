@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, hooked, title_scores
-from compress.importance import _draw
+from compress.importance import draw_children
 from models.losses import ValidTokens
 
 
@@ -44,7 +44,7 @@ def unit_scores(
         for batch in batches:
             seen.clear()
             scored = title_scores(model, batch, valid)
-            drawn = _draw(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
+            drawn = draw_children(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
             for n, gradient in enumerate(torch.autograd.grad(drawn.sum(), seen)):
                 slopes = (seen[n].detach().float() * gradient.float()).sum(1)
                 totals[n] += slopes.double().square().sum(0)
