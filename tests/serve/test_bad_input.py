@@ -119,7 +119,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("parts", HOSTILE.values(), ids=HOSTILE)
 def test_no_body_holds_the_event_loop(client: httpx.Client, parts: tuple[bytes, bytes, bytes]) -> None:
-    """In seconds of CPU, which a busy machine does not change; reading is all that the loop itself does."""
+    """In seconds of CPU, the least of three: a busy machine makes some longer, none shorter. Reading is all
+    that the loop itself does."""
     start, middle, end = parts
     for count in (19_000, 49_000, 190_000, 2_000_000):
         filling = b"".join(middle % n if b"%" in middle else middle for n in range(min(count, 100_000)))
@@ -129,10 +130,13 @@ def test_no_body_holds_the_event_loop(client: httpx.Client, parts: tuple[bytes, 
         if response.status_code == 413:
             assert "more than" in problem(response, 413)
             continue
-        begun = time.thread_time()
-        with contextlib.suppress(ValidationError):
-            RecommendRequest.model_validate_json(body)
-        assert time.thread_time() - begun < 0.05
+        taken = []
+        for _ in range(3):
+            begun = time.thread_time()
+            with contextlib.suppress(ValidationError):
+                RecommendRequest.model_validate_json(body)
+            taken.append(time.thread_time() - begun)
+        assert min(taken) < 0.05
 
 
 def test_not_json_at_all(client: httpx.Client) -> None:
