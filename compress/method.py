@@ -7,13 +7,13 @@ from typing import Literal
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress import activation, prunerec
+from compress import prunerec
 from compress.calibrate import CalibrationBatch
 from compress.importance import Importance, gate_scores
 from models.families import Shape
 from models.losses import ValidTokens
 
-Scores = Literal["fisher", "activation", "prunerec"]
+Scores = Literal["fisher", "prunerec"]
 Basis = Literal["pca", "channels"]
 
 
@@ -22,7 +22,7 @@ class Method:
     """How units are scored and removed."""
 
     scores: Scores = "fisher"
-    """`fisher`: `compress.importance`; `activation`: sizes of activations; `prunerec`: arXiv 2507.07064"""
+    """`fisher`: `compress.importance`; `prunerec`: arXiv 2507.07064"""
     hidden: tuple[Basis, ...] = ("pca", "channels")
     """ways to narrow the stream; the one with the smallest calibration KL is taken"""
     repair: bool = True
@@ -32,8 +32,6 @@ class Method:
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], valid: ValidTokens, *, seed: int
     ) -> Importance:
         """Return the scores of heads and channels, and of neurons where they come along."""
-        if self.scores == "activation":
-            return activation.scores(model, batches)
         if self.scores == "prunerec":
             return prunerec.width_scores(model, batches, valid)
         return gate_scores(model, batches, valid, seed=seed)

@@ -1,7 +1,6 @@
 """Stage 1 where layers may differ: KV groups are kept where they score most, whichever layer that is."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from compress.rebuild import rebuild
 from compress.repair import refit_columns
 from compress.shares import share_heads
 from compress.stage import StageReport
-from compress.width import narrowed
+from compress.width import narrowed, outputs_replaced
 from models.families import Shape, non_embedding_parameters
 from models.losses import ValidTokens
 from models.per_layer import LayerShape, PerLayerShape
@@ -56,7 +55,7 @@ def share_attention(
     if shape.hidden_size == full.hidden_size:
         model = rebuild(per_layer_config(teacher.config, whole), tensors)
     else:
-        with _outputs_replaced(teacher, outputs):
+        with outputs_replaced(teacher, outputs):
             statistics = stream_statistics(teacher, batches)
             bases = {
                 "pca": pca_basis(statistics, shape.hidden_size),
@@ -110,20 +109,6 @@ def _masked_outputs(
             masked[:, columns] = refit_columns(weight, moments[projection].mean, columns)
         outputs.append(masked)
     return outputs
-
-
-@contextmanager
-def _outputs_replaced(model: PreTrainedModel, outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Let the model answer as if the other heads were gone."""
-    projections = [layer.self_attn.o_proj for layer in model.model.layers]
-    originals = [projection.weight.data for projection in projections]
-    try:
-        for projection, output in zip(projections, outputs, strict=True):
-            projection.weight.data = output
-        yield
-    finally:
-        for projection, original in zip(projections, originals, strict=True):
-            projection.weight.data = original
 
 
 def _without_heads(model: PreTrainedModel, heads: KeptHeads) -> PreTrainedModel:

@@ -58,7 +58,7 @@ def prune_width(
         model = rebuild(config, tensors)
         kl = calibration_kl(model, batches, valid, reference)
     else:
-        with _outputs_replaced(teacher, heads, outputs):
+        with outputs_replaced(teacher, _masked(teacher, heads, outputs)):
             statistics = stream_statistics(teacher, batches)
             bases = {}
             if "pca" in method.hidden:
@@ -117,16 +117,24 @@ def _outputs(
     ]
 
 
+def _masked(model: PreTrainedModel, heads: KeptHeads, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the o_proj weights at their full width, zero for the heads that go."""
+    masked = []
+    for n, output in enumerate(outputs):
+        weight = torch.zeros_like(model.model.layers[n].self_attn.o_proj.weight.data)
+        weight[:, heads.query_columns(n)] = output
+        masked.append(weight)
+    return masked
+
+
 @contextmanager
-def _outputs_replaced(model: PreTrainedModel, heads: KeptHeads, outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Let the model answer as if the other heads were gone: their o_proj columns are zero meanwhile."""
+def outputs_replaced(model: PreTrainedModel, outputs: Sequence[Tensor]) -> Iterator[None]:
+    """Let the model answer with other o_proj weights, of the same width, one a layer."""
     projections = [layer.self_attn.o_proj for layer in model.model.layers]
     originals = [projection.weight.data for projection in projections]
     try:
-        for n, (projection, output) in enumerate(zip(projections, outputs, strict=True)):
-            masked = torch.zeros_like(projection.weight.data)
-            masked[:, heads.query_columns(n)] = output
-            projection.weight.data = masked
+        for projection, output in zip(projections, outputs, strict=True):
+            projection.weight.data = output
         yield
     finally:
         for projection, original in zip(projections, originals, strict=True):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress import activation, prunerec
+from compress import prunerec
 from compress.distill import chunked_vocabulary_cross_entropy
 from models.losses import ValidTokens, vocabulary_cross_entropy, vocabulary_kl
 
@@ -11,31 +11,6 @@ from models.losses import ValidTokens, vocabulary_cross_entropy, vocabulary_kl
 @pytest.fixture(scope="module")
 def model(family_config, random_model):
     return random_model(family_config("llama-tied"))
-
-
-def test_activation_scores_are_weighted_mean_sizes(model, calibration_rows):
-    batches = calibration_rows[:1]
-    found = activation.scores(model, batches)
-    inputs = {}
-    handles = [
-        model.model.layers[1].self_attn.o_proj.register_forward_pre_hook(
-            lambda _, args: inputs.update(heads=args[0])
-        ),
-        model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
-            lambda _, args: inputs.update(mlp=args[0])
-        ),
-    ]
-    with torch.no_grad():
-        model(batches[0].input_ids)
-    for handle in handles:
-        handle.remove()
-    weights = batches[0].weights()[..., None]
-    heads = (inputs["heads"].unflatten(-1, (4, 32)).norm(dim=-1) * weights).sum((0, 1)) / weights.sum()
-    neurons = (inputs["mlp"].abs() * weights).sum((0, 1)) / weights.sum()
-    neurons = neurons * model.model.layers[1].mlp.down_proj.weight.norm(dim=0)
-    assert torch.allclose(found.heads[1].float(), heads, rtol=1e-4)
-    assert torch.allclose(found.neurons[1].float(), neurons, rtol=1e-4)
-    assert found.channels.shape == (128,)
 
 
 def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(model, calibration_rows, catalogue_trie):
