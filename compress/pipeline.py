@@ -9,6 +9,7 @@ from accelerate import PartialState
 from transformers.utils import logging
 
 from compress import inputs
+from compress.failures import explained
 from compress.job import Job, Run
 from compress.plan import make_plan
 from compress.recipe import RECIPES
@@ -54,6 +55,7 @@ def compress(job: Job) -> Path | None:
             check_settings(work, run.settings)
         processes.wait_for_everyone()
         work = work_directory(out)
+        stack.enter_context(explained(work))
         run_stages(run, work, processes)
         if processes.is_main_process:
             finish(run, work, out)

@@ -1,5 +1,6 @@
 """Restoration: the pruned model learns from the unpruned one, with transformers' Trainer."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from compress.distill import LossWeights, distillation_loss
 from compress.rows import RestorationRows, collate
 from compress.teacher import TeacherStates
+from compress.work import check_digests, damaged, digests
+from models.atomic import write_json
 from models.errors import LeanRecError
 from models.finetune import final_hidden
 from models.losses import ValidTokens
@@ -32,7 +35,7 @@ from models.trie import Trie
 DIVERGED = 1.5
 """times the NLL right after the cut, or of a guess among all titles: a model beyond it has come apart"""
 COMPLETE = "complete"
-"""Marks a Trainer checkpoint that was written to its end."""
+"""Marks a Trainer checkpoint that was written to its end, and holds its files' digests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +128,11 @@ def restore(
         curve=curve,
         losses=_entries(state.log_history, ("loss", "kl_valid", "kl_vocabulary"), tokens_a_step),
     )
-    return Restored(_load(directory / f"checkpoint-{best_step}" if best_step else start), course)
+    if best_step == 0:
+        return Restored(_load(start), course)
+    best = directory / f"checkpoint-{best_step}"
+    check_digests(best, _written(best / COMPLETE))
+    return Restored(_load(best), course)
 
 
 def training_steps(rows: RestorationRows, settings: RestoreSettings) -> tuple[int, int]:
@@ -315,7 +322,8 @@ class _MarkComplete(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(directory / COMPLETE, digests(directory))
 
 
 def _load(directory: Path) -> PreTrainedModel:
@@ -326,7 +334,17 @@ def _load(directory: Path) -> PreTrainedModel:
 
 def _last_checkpoint(directory: Path) -> Path | None:
     whole = [path.parent for path in directory.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is not None:
+        check_digests(last, _written(last / COMPLETE))
+    return last
+
+
+def _written(mark: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(mark.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise damaged(mark, mark.parent) from error
 
 
 def _state_of(checkpoint: Path) -> TrainerState:

@@ -73,8 +73,9 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     """
     candidate, shared = work / "result", run.shared or work
     begun = time.monotonic()
-    if not candidate.exists():
-        _write_candidate(run, work, candidate)
+    # Written anew by a run that goes on: cheaper than to find out whether it is whole.
+    shutil.rmtree(candidate, ignore_errors=True)
+    _write_candidate(run, work, candidate)
     reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
     weights = check_parameters(candidate, reached.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32)

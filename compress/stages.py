@@ -23,7 +23,7 @@ from compress.restore import RestoreSettings, restore
 from compress.rows import RestorationRows, calibration_batches, make_rows
 from compress.stage import StageReport
 from compress.teacher import TeacherStates, cache_teacher, open_states
-from compress.work import finished, load_step_model, remove_trainer_files, save_step
+from compress.work import check_step_model, finished, load_step_model, remove_trainer_files, save_step
 from models.checkpoint import load_model
 from models.families import Shape
 from models.precision import fast_products
@@ -154,6 +154,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     begun = time.monotonic()
     set_seed(run.seed)
     trainer_files = bench.work / f"{name}.trainer"
+    check_step_model(bench.work, f"{name}-cut")
     result = restore(
         bench.work / f"{name}-cut",
         teacher_head=bench.head,

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compress.rows import RestorationRows, collate
+from compress.work import damaged
 from models.atomic import new_file
 from models.errors import LeanRecError
 
@@ -77,9 +78,23 @@ def cache_teacher(
 
 
 def open_states(rows: RestorationRows, directory: Path) -> TeacherStates:
-    """Return the states that `cache_teacher` wrote for these rows."""
-    chunks = [np.load(path, mmap_mode="r", allow_pickle=False) for path in _chunk_paths(directory, len(rows))]
-    return TeacherStates(chunks, np.concatenate([[0], np.cumsum(rows.title_counts)]))
+    """Return the states that `cache_teacher` wrote for these rows.
+
+    Raises:
+        LeanRecError: a file of them is damaged.
+    """
+    offsets = np.concatenate([[0], np.cumsum(rows.title_counts)])
+    chunks = []
+    for chunk, path in enumerate(_chunk_paths(directory, len(rows))):
+        try:
+            states = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise damaged(path, path) from error
+        last = min((chunk + 1) * CHUNK_ROWS, len(rows))
+        if len(states) != offsets[last] - offsets[chunk * CHUNK_ROWS]:
+            raise damaged(path, path)
+        chunks.append(states)
+    return TeacherStates(chunks, offsets)
 
 
 @torch.inference_mode()

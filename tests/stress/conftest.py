@@ -33,12 +33,16 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
 
 @pytest.fixture
 def start(recommender: Recommender, tmp_path: Path) -> Iterator[Start]:
-    """Start a module as `serve` on the tiny recommender; return the process, its URL once ready, its log."""
+    """Start a module as `serve`, on the tiny recommender where no other is named.
+
+    Returns the process, its URL once it is ready, and its log.
+    """
     processes: list[subprocess.Popen[bytes]] = []
 
-    def start(module: str, *arguments: str) -> Started:
+    def start(module: str, *arguments: str, directory: Path | None = None) -> Started:
         log = tmp_path / "log"
-        command = [sys.executable, "-m", module, "--model", str(recommender.directory), "--port", "0"]
+        model = str(directory or recommender.directory)
+        command = [sys.executable, "-m", module, "--model", model, "--port", "0"]
         with log.open("wb") as file:
             process = subprocess.Popen([*command, *arguments], stderr=file)
         processes.append(process)

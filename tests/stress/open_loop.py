@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+KEPT_S = 3.0
+"""A connection that idled for longer is not used again: the service closes it after five seconds"""
+
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -37,7 +40,7 @@ async def _run(
 ) -> list[Outcome]:
     address = urlsplit(url)
     assert address.hostname is not None
-    idle: list[Connection] = []
+    idle: list[tuple[float, Connection]] = []
     begun = time.perf_counter()
     due = 0.0
     tasks: list[asyncio.Task[Outcome]] = []
@@ -47,7 +50,7 @@ async def _run(
         sent = _send((address.hostname, address.port or 80), bodies, number, begun=begun, at_s=due, idle=idle)
         tasks.append(asyncio.create_task(sent))
     outcomes = await asyncio.gather(*tasks)
-    for _, writer in idle:
+    for _, (_, writer) in idle:
         writer.close()
     return list(outcomes)
 
@@ -59,11 +62,11 @@ async def _send(
     *,
     begun: float,
     at_s: float,
-    idle: list[Connection],
+    idle: list[tuple[float, Connection]],
 ) -> Outcome:
     body, status, retry_after, answer = bodies[number], 0, None, b""
     try:
-        reader, writer = idle.pop() if idle else await asyncio.open_connection(*address)
+        reader, writer = _fresh(idle) or await asyncio.open_connection(*address)
         writer.write(
             b"POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
             b"content-length: %d\r\n\r\n" % len(body) + body
@@ -75,10 +78,19 @@ async def _send(
         if headers.get("connection") == "close":
             writer.close()
         else:
-            idle.append((reader, writer))
+            idle.append((time.perf_counter(), (reader, writer)))
     except (OSError, asyncio.IncompleteReadError):
         pass
     latency_s = time.perf_counter() - begun - at_s
     # Answers that are refused are many, and all alike.
     told = json.loads(answer) if status == 200 else {}
     return Outcome(at_s, latency_s, number, status, retry_after, told)
+
+
+def _fresh(idle: list[tuple[float, Connection]]) -> Connection | None:
+    while idle:
+        since, (reader, writer) = idle.pop()
+        if time.perf_counter() - since < KEPT_S and not reader.at_eof():
+            return reader, writer
+        writer.close()
+    return None

@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,6 +14,7 @@ import pytest
 from tests.serve.http import client_of
 from tests.stress.conftest import SECONDS, Start
 from tests.stress.open_loop import Outcome, run_open_loop
+from tests.tiny import make_tiny_recommender
 
 pytestmark = [pytest.mark.stress, pytest.mark.slow, pytest.mark.vllm]
 
@@ -21,8 +23,11 @@ CAPACITY_S = 30.0
 SUSTAINABLE = 0.8
 """Of what as many clients as fill the batches get, one request after another"""
 RECOVERY_S = 5.0
+SHAPE = {"hidden_size": 512, "num_layers": 8, "num_heads": 8, "head_dim": 64, "intermediate_size": 1536}
+"""Some 25 M parameters. With a model of no size a request costs less than to refuse one."""
 BODIES = [
-    json.dumps({"history": [f"i{n % 80}", f"i{(7 * n + 3) % 80}"], "k": 10}).encode() for n in range(200)
+    json.dumps({"history": [f"i{(7 * n + step) % 80}" for step in range(1, 21)], "k": 10}).encode()
+    for n in range(200)
 ]
 
 
@@ -69,9 +74,11 @@ def p(outcomes: list[Outcome], percent: float) -> float:
     return float(np.percentile([o.latency_s for o in outcomes], percent))
 
 
-def test_ten_times_too_much(start: Start) -> None:
+def test_ten_times_too_much(start: Start, tmp_path: Path) -> None:
+    directory = tmp_path / "served" / "model"
+    make_tiny_recommender(directory, max_history=20, **SHAPE)
     arguments = ("--dtype", "float32", "--kv-cache-memory-bytes", "64M", "--max-wait", str(DEADLINE_S))
-    process, url, log = start("serve.cli", *arguments)
+    process, url, log = start("serve.cli", *arguments, directory=directory)
     with client_of(url) as http:
         right = [
             http.post("/recommend", content=body, headers={"content-type": "application/json"}).json()[
