@@ -138,7 +138,7 @@ def test_a_damaged_intermediate_file_is_named_and_made_anew(staged, pattern, dam
     run, stopped = staged
     directory = tmp_path / "work"
     subprocess.run(["cp", "-r", str(stopped), str(directory)], check=True)
-    path = max(directory.glob(pattern), key=lambda path: path.stat().st_mtime)
+    path = max(directory.glob(pattern), key=lambda path: (len(path.parent.name), path.parent.name))
     damage(path)
     with pytest.raises(LeanRecError, match=f"{path.name}: is damaged or missing; remove .*{remove}"):
         run_stages(run, directory, PartialState(cpu=True))
