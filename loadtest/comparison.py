@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from loadtest import results, workload
 from loadtest.arguments import Arguments
 from loadtest.deployment import Deployment, equal_kv_cache_bytes, started
+from loadtest.empty import PROMPTS, EmptyEngine, make_empty, measure_empty
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
 from loadtest.preparation import Preparation, log_header, prepare
@@ -35,6 +37,7 @@ class Sides:
 
     deployments: dict[str, Deployment] = field(default_factory=dict)
     watches: dict[str, MemoryWatch] = field(default_factory=dict)
+    empty: EmptyEngine | None = None
 
     def sample_memory(self) -> None:
         for watch in self.watches.values():
@@ -57,7 +60,12 @@ def compare_deployments(arguments: Arguments) -> int:
 
     def write(incomplete: str | None) -> dict[str, Any]:
         report = results.build(
-            session, sides.deployments, sides.watches, **preparation.known, incomplete=incomplete
+            session,
+            sides.deployments,
+            sides.watches,
+            **preparation.known,
+            empty=sides.empty,
+            incomplete=incomplete,
         )
         write_text(out / "report.html", render(report))
         write_text(out / "report.md", markdown(report))
@@ -91,17 +99,18 @@ def _run(
         workload.save(preparation.workload, temporary / "workload.json")
         progress = stack.enter_context(_progress_bar(session.plan.expected_seconds))
         waiting = max(load.expected_waiting for load in session.plan.loads)
-        _start(stack, arguments, sides, waiting, logs=out / "logs", progress=progress)
-        surroundings = Surroundings(
-            deployments=sides.deployments,
-            workload=preparation.workload,
-            workload_path=temporary / "workload.json",
-            rows=out / "requests",
-            progress=progress,
-            after_block=sides.sample_memory,
-        )
         try:
+            _start(stack, arguments, preparation, sides, waiting, progress=progress)
+            surroundings = Surroundings(
+                deployments=sides.deployments,
+                workload=preparation.workload,
+                workload_path=temporary / "workload.json",
+                rows=out / "requests",
+                progress=progress,
+                after_block=sides.sample_memory,
+            )
             measure(session, surroundings, preparation.users)
+            sides.empty = _beside_an_empty_engine(arguments, sides, preparation, progress)
         except LeanRecError as error:
             return write(str(error))
         except KeyboardInterrupt:
@@ -111,7 +120,13 @@ def _run(
 
 
 def _start(
-    stack: ExitStack, arguments: Arguments, sides: Sides, waiting: int, *, logs: Path, progress: Progress
+    stack: ExitStack,
+    arguments: Arguments,
+    preparation: Preparation,
+    sides: Sides,
+    waiting: int,
+    *,
+    progress: Progress,
 ) -> None:
     """Start what is not attached, one after the other, so that neither start slows the other.
 
@@ -120,6 +135,7 @@ def _start(
     """
     to_start = {name: Path(t) for name, t in arguments.targets.items() if name not in sides.deployments}
     running = list(sides.deployments.values())
+    logs = preparation.out / "logs"
     if to_start:
         kv_cache_bytes = equal_kv_cache_bytes(list(to_start.values()), running, waiting)
     for name, directory in to_start.items():
@@ -137,6 +153,33 @@ def _start(
         if name in sides.watches:
             sides.watches[name].ready()
     sides.sample_memory()
+
+
+def _beside_an_empty_engine(
+    arguments: Arguments, sides: Sides, preparation: Preparation, progress: Progress
+) -> EmptyEngine | None:
+    """Start an engine with next to no model for a moment, and return what the deployments take above it.
+
+    After the load: they have allocated what they need by then. None where both run elsewhere.
+    """
+    served_here = {name: d for name, d in sides.deployments.items() if d.process is not None}
+    if not served_here:
+        return None
+    like = Path(arguments.targets["pruned" if "pruned" in served_here else "full"])
+    kv_cache_bytes = next(iter(served_here.values())).model["kv_cache_bytes"]
+    tqdm.write("starting an empty engine, to tell the models' own memory", file=sys.stderr)
+    with (
+        tempfile.TemporaryDirectory(prefix="loadtest-empty-") as folder,
+        started(
+            "empty",
+            make_empty(like, Path(folder) / "empty"),
+            kv_cache_bytes=kv_cache_bytes,
+            log=preparation.out / "logs" / "serve-empty.log",
+            on_wait=lambda pid: progress("starting an empty engine", 1.0),
+        ) as empty,
+    ):
+        prompts = list(islice(preparation.workload.prompts(0), PROMPTS))
+        return measure_empty(empty, served_here.values(), prompts)
 
 
 def _save_requests(path: Path, preparation: Preparation, session: Session) -> None:

@@ -19,7 +19,8 @@ SERVE_COMMAND: Sequence[str] = (sys.executable, "-m", "serve.cli")
 READY_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 40.0
 """More than the service takes to drain."""
-MODEL_SIZES = ("weights_bytes", "kv_cache_bytes", "max_history")
+SIZES = ("weights_bytes", "kv_cache_bytes")
+"""What a service with an API key tells only who bears the administrator's token"""
 LOG_TAIL_LINES = 20
 TOKENS_PER_USER = 1024
 MIN_USERS = 4
@@ -118,11 +119,13 @@ def attached(name: str, url: str) -> Deployment:
 def equal_kv_cache_bytes(directories: Sequence[Path], attached: Sequence[Deployment], users: int) -> int:
     """Return the KV cache to give to every deployment started here, in bytes.
 
-    What a running deployment has, if there is one; else room for `TOKENS_PER_USER` tokens of each user in the
-    larger model. Equal caches make the rest of the memory comparable; left to vLLM, each takes what is free.
+    What a running deployment has, if there is one that tells; else room for `TOKENS_PER_USER` tokens of each
+    user in the larger model. Equal caches make the rest of the memory comparable; left to vLLM, each takes
+    what is free.
     """
-    if attached:
-        return int(attached[0].model["kv_cache_bytes"])
+    told = [deployment.model["kv_cache_bytes"] for deployment in attached]
+    if any(told):
+        return int(next(filter(None, told)))
     per_token = max(_kv_bytes_per_token(directory) for directory in directories)
     needed = per_token * TOKENS_PER_USER * max(users, MIN_USERS)
     return max(MIN_KV_CACHE_BYTES, -(-needed // 2**20) * 2**20)
@@ -149,13 +152,17 @@ def _model(name: str, url: str) -> Mapping[str, Any]:
         raise LeanRecError(
             f"--{name} {url}: no recommender service answers there ({error}); start one with `serve`"
         ) from error
-    sizes = [model.get(key) for key in MODEL_SIZES] if isinstance(model, dict) else [None]
-    if not all(isinstance(size, int) and not isinstance(size, bool) for size in sizes):
+    told = model if isinstance(model, dict) else {}
+    if not _is_size(told.get("max_history")) or not all(_is_size(told.get(key, 0)) for key in SIZES):
         raise LeanRecError(
             f"--{name} {url}: what answers there is not a recommender service (GET /model has to give "
-            f"{', '.join(MODEL_SIZES)}); check host and port"
+            "max_history); check host and port"
         )
-    return model
+    return {**dict.fromkeys(SIZES), **told}
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _wait_until_ready(

@@ -10,7 +10,9 @@ from loadtest.blocks import BlockPlan, BlockRun
 from loadtest.capacity import Capacity
 from loadtest.compare import Block
 from loadtest.deployment import Deployment
+from loadtest.empty import EmptyEngine
 from loadtest.load import Load
+from loadtest.memory import Sample
 from loadtest.percentiles import MIN_REQUESTS_FOR_P99
 from loadtest.report import SIDES
 from loadtest.served_quality import ServedQuality, TestUsers
@@ -46,6 +48,7 @@ def example_report(
         session,
         deployments,
         {},
+        empty=EmptyEngine(sample=Sample(1, 1, 1), weights_bytes=1, above_bytes=dict.fromkeys(SIDES, 1)),
         settings=settings,
         quality=quality,
         machine=machine,

@@ -6,7 +6,10 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, Request, build_opener
 
+from loadtest.api_key import VARIABLE, authorization
+
 MAX_ANSWER_BYTES = 64 << 20
+UNAUTHORISED = 401
 
 _opener = build_opener(ProxyHandler({}))
 
@@ -45,11 +48,14 @@ def post(url: str, body: Any, timeout_s: float = 60.0) -> Any:
 
 def _exchange(request: Request, timeout_s: float) -> Any:
     where = f"{request.get_method()} {request.full_url}"
+    for name, value in authorization().items():
+        request.add_unredirected_header(name, value)
     try:
         with _opener.open(request, timeout=timeout_s) as response:
             return json.loads(response.read(MAX_ANSWER_BYTES))
     except HTTPError as error:
-        raise NoAnswerError(f"{where} answered {error.code}") from error
+        remedy = f"; put the service's API key into {VARIABLE}" if error.code == UNAUTHORISED else ""
+        raise NoAnswerError(f"{where} answered {error.code}{remedy}") from error
     except (UnicodeDecodeError, ValueError) as error:
         raise NoAnswerError(f"{where} answered something that is not JSON") from error
     except (OSError, HTTPException) as error:

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from loadtest.served_quality import TestUsers
+from loadtest.served_quality import SIDES, TestUsers
 from loadtest.workload import Workload
 from models.data import Dataset
 from models.errors import LeanRecError, UsageError
+from models.ranked_lists import RANKED_LISTS, asked_of, read_lists
 
 MAX_HISTORIES = 20_000
 
@@ -96,16 +97,24 @@ def make_workload(
     )
 
 
-def make_test_users(dataset: Dataset, limit: int | None, seed: int) -> TestUsers | None:
-    """Return the test users with a history, at most `limit` of them chosen by `seed`; None for none."""
+def make_test_users(dataset: Dataset, limit: int | None, seed: int, pruned: Path) -> TestUsers | None:
+    """Return the test users with a history, at most `limit` of them chosen by `seed`; None for none.
+
+    Args:
+        pruned: where an offline evaluation may have kept its lists.
+    """
     examples = dataset.test if limit is None else dataset.test.sample(limit, seed)
     ids = dataset.catalog.item_ids
     rows = [row for row in range(len(examples)) if len(examples.histories[row])]
     if not rows or limit == 0:
         return None
+    kept = pruned / RANKED_LISTS
+    lists = read_lists(kept, SIDES) if kept.is_file() else None
+    asked = [asked_of(examples, ids, row) for row in rows]
     return TestUsers(
         user_ids=[examples.histories.user_ids[row] for row in rows],
         histories=[[ids[item] for item in examples.histories[row]] for row in rows],
         targets=[ids[int(examples.targets[row])] for row in rows],
         titles=dict(zip(ids, dataset.catalog.titles, strict=True)),
+        evaluated={name: [lists[name].get(who) for who in asked] for name in SIDES} if lists else None,
     )

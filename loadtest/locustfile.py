@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
-from urllib.request import ProxyHandler, build_opener
+from urllib.request import ProxyHandler, Request, build_opener
 
 import gevent
 from gevent.pool import Group
@@ -33,6 +33,7 @@ from locust import FastHttpUser, constant, events, task
 from locust.exception import StopUser
 
 from loadtest.answers import problem_with
+from loadtest.api_key import authorization
 from loadtest.workload import Workload, load
 
 K = 10
@@ -44,6 +45,7 @@ GIVE_UP_AFTER = 50
 """Connection failures in a row after which the deployment counts as gone."""
 OUT_OF_PROMPTS_EXIT_CODE = 3
 POPULAR_ITEMS = 1000
+HEADERS = authorization()
 PREPARED = 2000
 """Prompts drawn before the start, so that drawing them costs no time while measuring."""
 
@@ -63,8 +65,8 @@ class Run:
 
 def catalogue_workload(host: str, seed: int = 0) -> Workload:
     """Return made-up histories of 5 to 50 of the service's most popular items."""
-    listing = build_opener(ProxyHandler({})).open(f"{host}/catalog?limit={POPULAR_ITEMS}", timeout=TIMEOUT_S)
-    with listing as response:
+    asked = Request(f"{host}/catalog?limit={POPULAR_ITEMS}", headers=dict(authorization()))
+    with build_opener(ProxyHandler({})).open(asked, timeout=TIMEOUT_S) as response:
         item_ids = [str(item["item_id"]) for item in json.load(response)["items"]]
     rng = random.Random(seed)
     longest = min(50, max(1, len(item_ids) // 2))
@@ -147,7 +149,9 @@ class Asking(FastHttpUser):
     def ask(self, history: list[str], context: dict[str, float]) -> None:
         """Send one request and check the answer; `context` goes into its row."""
         body = {"history": history, "k": K}
-        with self.client.post("/recommend", json=body, catch_response=True, context=context) as response:
+        with self.client.post(
+            "/recommend", json=body, headers=HEADERS, catch_response=True, context=context
+        ) as response:
             if response.status_code == 200:
                 Run.connection_failures = 0
                 try:

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from loadtest.differing import differing_users
+from loadtest.empty import PROMPTS
 from loadtest.load import load_of
 from loadtest.plots import Line, Stack, line_chart, stacked_bars
 from loadtest.report import SIDES, capacity_table, load_table, memory_table, quality_table, with_interval
@@ -66,7 +67,9 @@ def render(report: Mapping[str, Any]) -> str:
         _table(memory_table(report)),
         '<p class="note">PSS counts a page shared by several processes, also by those of the other '
         "deployment that runs beside it, in equal parts; RSS counts it in full in each. PSS is read between "
-        "the blocks, with both up. The KV cache is set by hand, equal in both.</p>",
+        "the blocks, with both up. The KV cache is set by hand, equal in both. Above an empty engine: what "
+        "each took more, after its load, than a deployment of a one-layer model with the same catalogue and "
+        f"KV cache after {PROMPTS} requests, all read at one moment.</p>",
         f'<div class="plots">{_memory_plot(report["deployments"])}</div>',
         "<h2>Quality</h2>",
         _table(quality_table(report)),
@@ -133,10 +136,15 @@ def _memory_plot(sides: Mapping[str, Any]) -> str:
     stacks = []
     for name in SIDES:
         side = sides[name]
-        parts = [("weights", side["weights_bytes"], "weights"), ("KV cache", side["kv_cache_bytes"], "kv")]
+        parts = [
+            ("weights", side["weights_bytes"] or 0, "weights"),
+            ("KV cache", side["kv_cache_bytes"] or 0, "kv"),
+        ]
         if side["memory"]["overhead_bytes"] is not None:
             parts.append(("process", side["memory"]["overhead_bytes"], "rest"))
         stacks.append(Stack(name, [(part, size / 2**20, style) for part, size, style in parts]))
+    if not any(size for stack in stacks for _, size, _ in stack.parts):
+        return ""
     title = "Memory, steady"
     return _figure(title, stacked_bars(stacks, title=title, y_label="MiB"))
 

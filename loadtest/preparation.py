@@ -94,7 +94,7 @@ def prepare(arguments: Arguments) -> Preparation:
     return Preparation(
         plan=plan,
         workload=workload,
-        users=make_test_users(dataset, arguments.quality_users, arguments.seed),
+        users=make_test_users(dataset, arguments.quality_users, arguments.seed, Path(arguments.pruned)),
         attached=running,
         known=known,
         out=out,

@@ -14,6 +14,7 @@ MEMORY_ROWS = {
     "all processes (PSS), steady": ("memory", "steady_pss_bytes"),
     "all processes (PSS), peak": ("memory", "pss_bytes"),
     "all processes (RSS), peak with start-up": ("memory", "peak_rss_bytes"),
+    "above an empty engine (PSS)": ("memory", "above_empty_bytes"),
     "GPU": ("memory", "gpu_bytes"),
 }
 
@@ -33,7 +34,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if report["noise"]:
         parts.append(noise(report["noise"]))
     full, pruned = (report["deployments"][name] for name in SIDES)
-    parts.append(f"weights {mib(pruned['weights_bytes'])} against {mib(full['weights_bytes'])}")
+    if full["weights_bytes"] and pruned["weights_bytes"]:
+        parts.append(f"weights {mib(pruned['weights_bytes'])} against {mib(full['weights_bytes'])}")
     if ratios["memory"] is not None:
         peaks = (mib(pruned["memory"]["pss_bytes"]), mib(full["memory"]["pss_bytes"]))
         parts.append("memory {} against {}".format(*peaks))
@@ -201,6 +203,11 @@ def _served_rows(served: Mapping[str, Any]) -> list[list[str]]:
         if served["offline"]:
             changes = [f"{served['offline'][name][metric]:+.4f}" for name in SIDES]
             rows.append([f"{metric.upper()} over HTTP minus offline", *changes])
+    if served["offline_lists"]:
+        cells = [
+            f"{side['identical']} of {side['users']}" for side in map(served["offline_lists"].get, SIDES)
+        ]
+        rows.append(["users with the offline list, to the last item", *cells])
     agreement = served["agreement"]
     for name, label in (("top1", "same first item"), ("overlap@10", "overlap of the first 10")):
         rows.append([f"{label}, {users}", "", with_interval(agreement[name], agreement["ci95"][name], 3)])

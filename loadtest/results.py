@@ -10,10 +10,11 @@ from loadtest import compare
 from loadtest.blocks import BlockRun
 from loadtest.compare import Measured
 from loadtest.deployment import Deployment
+from loadtest.empty import EmptyEngine
 from loadtest.lag import lag_quantiles
 from loadtest.load import Load
 from loadtest.memory import MemoryWatch
-from loadtest.report import LATENCIES, verdict
+from loadtest.report import LATENCIES, SIDES, verdict
 from loadtest.saved_runs import pack
 from loadtest.session import NOISE_SIDE, Session
 
@@ -30,17 +31,24 @@ def build(
     quality: Mapping[str, Any] | None,
     machine: Mapping[str, Any],
     versions: Mapping[str, str],
+    empty: EmptyEngine | None = None,
     incomplete: str | None = None,
 ) -> dict[str, Any]:
-    """Return the content of `report.json`; `incomplete` says why a partial report ends where it does."""
+    """Return the content of `report.json`.
+
+    Args:
+        deployments: those that got ready.
+        incomplete: why a partial report ends where it does.
+    """
     seed = settings["seed"]
-    sides = {name: _side(deployment, watches.get(name)) for name, deployment in deployments.items()}
+    sides = {name: _side(deployments.get(name), watches.get(name), empty, name) for name in SIDES}
     levels = [_level(session, load, seed) for load in session.plan.loads if _complete_pairs(session, load)]
     report = {
         "format": FORMAT,
         "verdict": "",
         "incomplete": incomplete,
         "deployments": sides,
+        "empty_engine": _empty_engine(empty),
         "levels": levels,
         "speedup": _speedup(levels, sides),
         "noise": _noise(session, seed),
@@ -57,15 +65,33 @@ def build(
     return report
 
 
-def _side(deployment: Deployment, watch: MemoryWatch | None) -> dict[str, Any]:
-    weights, kv_cache = deployment.model["weights_bytes"], deployment.model["kv_cache_bytes"]
+def _side(
+    deployment: Deployment | None, watch: MemoryWatch | None, empty: EmptyEngine | None, name: str
+) -> dict[str, Any]:
+    model = deployment.model if deployment else {}
+    weights, kv_cache = model.get("weights_bytes"), model.get("kv_cache_bytes")
     return {
-        "target": deployment.target,
+        "target": deployment.target if deployment else None,
         "weights_bytes": weights,
         "kv_cache_bytes": kv_cache,
-        "memory": _memory(watch, weights + kv_cache),
-        "startup_seconds": deployment.startup_seconds,
-        "model": dict(deployment.model),
+        "memory": {
+            **_memory(watch, (weights or 0) + (kv_cache or 0)),
+            "above_empty_bytes": empty.above_bytes.get(name) if empty else None,
+        },
+        "startup_seconds": deployment.startup_seconds if deployment else None,
+        "model": dict(model),
+    }
+
+
+def _empty_engine(empty: EmptyEngine | None) -> dict[str, Any] | None:
+    if empty is None:
+        return None
+    sample = empty.sample
+    return {
+        "weights_bytes": empty.weights_bytes,
+        "pss_bytes": sample.pss_bytes,
+        "peak_rss_bytes": sample.peak_rss_bytes,
+        "gpu_bytes": sample.gpu_bytes,
     }
 
 

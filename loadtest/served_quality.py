@@ -36,6 +36,9 @@ class TestUsers:
     targets: Sequence[str]
     titles: Mapping[str, str]
     """of the whole catalogue, by item id"""
+    evaluated: Mapping[str, Sequence[Sequence[str] | None]] | None = None
+    """by deployment the ten item ids that the offline evaluation kept, where it asked for the user; None
+    where there is none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +76,20 @@ class ServedQuality:
                 "ci95": {"top1": top1.interval, "overlap@10": overlap.interval},
             },
             "offline": _beside_offline(ranks, offline),
+            "offline_lists": self._beside_evaluated(),
             "most_different": self._most_different(ranks),
         }
+
+    def _beside_evaluated(self) -> dict[str, Any] | None:
+        """Return of how many users the list is the offline evaluation's to the last item."""
+        if self.users.evaluated is None:
+            return None
+        found: dict[str, Any] = {}
+        for name in SIDES:
+            pairs = zip(self.lists[name], self.users.evaluated[name], strict=True)
+            same = [list(ours) == list(theirs) for ours, theirs in pairs if theirs is not None]
+            found[name] = {"users": len(same), "identical": sum(same)}
+        return found
 
     def _same_top1(self) -> np.ndarray:
         pairs = zip(*(self.lists[name] for name in SIDES), strict=True)

@@ -27,6 +27,8 @@ class Evaluation:
     per_user: dict[str, np.ndarray]
     ranks: np.ndarray
     """1-based rank of each user's target, 0 where it is not among the first ten, int64 `[users]`"""
+    lists: Sequence[Sequence[int]]
+    """catalogue rows of the first ten, best first, by user"""
     users: int
     exact_share: float
     later_day: dict[str, float]
@@ -87,6 +89,7 @@ def _evaluation(ranked: Sequence[Sequence[int]], examples: Examples, exact_share
         ci95={name: bootstrap_interval(values) for name, values in per_user.items()},
         per_user=per_user,
         ranks=ranks,
+        lists=ranked,
         users=len(examples),
         exact_share=exact_share,
         later_day={

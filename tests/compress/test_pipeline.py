@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,6 +23,7 @@ from compress.stages import run_stages, step_names
 from models.checkpoint import load_model, read_recommender
 from models.errors import LeanRecError
 from models.families import Shape
+from models.ranked_lists import RANKED_LISTS, read_lists
 from tests.tiny import make_tiny_recommender
 
 TARGET = "30%"
@@ -156,6 +158,10 @@ def test_the_result_is_a_whole_recommender_with_its_reports(full, finished):
     assert report["metrics"]["pruned"]["test"]["users"] == 60
     assert report["parameters"]["pruned"]["bytes"] == (out / "model.safetensors").stat().st_size
     assert {"popularity", "bigram"} == set(report["baselines"])
+    lists = read_lists(out / RANKED_LISTS, ("full", "pruned"))
+    for name in ("full", "pruned"):
+        hits = [target in ranked for (_, target, _), ranked in lists[name].items()]
+        assert np.mean(hits) == pytest.approx(report["metrics"][name]["test"]["hr@10"])
     front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
     assert front["library_name"] == "transformers"
     assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "hr@10"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loadtest import deployment
+from loadtest import comparison, deployment
 from loadtest.deployment import Deployment
 
 ITEM_IDS = [f"item-{number}" for number in range(60)]
@@ -40,6 +41,15 @@ def make_stub(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
     """Return a function that makes a directory which the stub server serves."""
     command = (sys.executable, str(Path(__file__).with_name("stub_server.py")))
     monkeypatch.setattr(deployment, "SERVE_COMMAND", command)
+
+    def make_empty(like: Path, directory: Path) -> Path:
+        shutil.copytree(like, directory)
+        stub = json.loads((like / "stub.json").read_text())
+        kept = {name: stub[name] for name in ("name", "item_ids")}
+        (directory / "stub.json").write_text(json.dumps(kept | {"delay_ms": 0, "weights_bytes": 1024}))
+        return directory
+
+    monkeypatch.setattr(comparison, "make_empty", make_empty)
 
     def make(name: str, *, delay_ms: float = 2, weights_bytes: int = 1 << 20, **behaviour: Any) -> Path:
         directory = tmp_path / name

@@ -10,11 +10,12 @@ import json
 import os
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 
 
 def make_app(stub: dict[str, Any], kv_cache_bytes: int) -> FastAPI:
@@ -22,12 +23,23 @@ def make_app(stub: dict[str, Any], kv_cache_bytes: int) -> FastAPI:
     item_ids = stub["item_ids"]
     seen = {"requests": 0}
 
+    @app.middleware("http")
+    async def check_key(request: Request, follow: Callable[[Request], Awaitable[Response]]) -> Response:
+        wanted = f"Bearer {stub['key']}" if "key" in stub else None
+        if wanted and request.url.path == "/health/ready":
+            return await follow(request)
+        if wanted and request.headers.get("authorization") != wanted:
+            return Response(status_code=401)
+        return await follow(request)
+
     @app.get("/health/ready")
     async def ready() -> Response:
         return Response(status_code=503 if stub.get("never_ready") else 200)
 
     @app.get("/model")
     async def model() -> dict[str, Any]:
+        if "key" in stub:  # and the administrator's token was not given
+            return {"max_history": 20}
         return {
             "weights_bytes": stub["weights_bytes"],
             "kv_cache_bytes": kv_cache_bytes,

@@ -79,6 +79,9 @@ def test_the_report_says_what_was_measured(stubs, data_folder, tmp_path, capsys)
         assert deployment["startup_seconds"] > 0
         assert deployment["memory"]["pss_bytes"] > 10 << 20
         assert deployment["memory"]["gpu_bytes"] is None
+        assert deployment["memory"]["above_empty_bytes"] is not None
+    assert report["empty_engine"]["weights_bytes"] == 1024
+    assert report["empty_engine"]["pss_bytes"] > 10 << 20
     (level,) = report["levels"]
     assert level["users"] == 2
     assert level["order"] == ["full", "pruned"]
@@ -132,6 +135,45 @@ def test_a_deployment_that_dies_leaves_a_partial_report(make_stub, tmp_path, cap
     assert "error: the pruned deployment ended with exit code 7" in error
     assert str(out / "report.html") in error
     assert "Traceback" not in error
+
+
+@pytest.mark.slow
+def test_a_deployment_that_does_not_start_leaves_a_partial_report(make_stub, tmp_path, capsys):
+    full, out = make_stub("full"), tmp_path / "out"
+    pruned = make_stub("pruned", refuse=7)
+    code = run("--full", full, "--pruned", pruned, "--users", "1", "--seconds", "1", "--out", out)
+    assert code == 1
+    assert no_children()
+    report = json.loads((out / "report.json").read_text())
+    assert "the pruned deployment ended with exit code 7 before it was ready" in report["incomplete"]
+    assert report["verdict"].startswith("Partial: the pruned deployment ended")
+    assert report["verdict"].endswith("Nothing was measured.")
+    assert report["deployments"]["full"]["weights_bytes"] == 1 << 20
+    assert report["deployments"]["pruned"]["weights_bytes"] is None
+    assert "before it was ready" in (out / "report.html").read_text()
+    assert str(out / "report.html") in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_services_that_ask_for_a_key_get_it_from_the_environment(
+    serve_stub, data_folder, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setenv("LEANREC_API_KEY", "secret")
+    with serve_stub("full", key="secret") as full, serve_stub("pruned", key="secret") as pruned:
+        sides = ("--full", full.url, "--pruned", pruned.url, "--data", data_folder)
+        load = ("--users", "1", "--seconds", "1", "--out", out)
+        monkeypatch.delenv("LEANREC_API_KEY")
+        assert run(*sides, *load) == 1
+        assert "answered 401; put the service's API key into LEANREC_API_KEY" in capsys.readouterr().err
+        monkeypatch.setenv("LEANREC_API_KEY", "secret\nanother")
+        assert run(*sides, *load) == 0
+    report = json.loads((out / "report.json").read_text())
+    for side in SIDES:
+        assert report["levels"][0][side]["failures"] == 0
+        # Only the administrator is told the sizes.
+        assert report["deployments"][side]["weights_bytes"] is None
+    assert "secret" not in (out / "report.json").read_text() + (out / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Quality over HTTP, against figures worked by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -64,6 +65,20 @@ def test_served_beside_offline():
     # Over other users there is nothing to compare.
     metrics["users"] = 5
     assert served().to_json(offline, 0)["offline"] is None
+
+
+def test_lists_beside_those_of_the_offline_evaluation():
+    lists = served().lists
+    # u1 was not asked offline; of u2 the last two items change places.
+    other = [*lists["pruned"][2][:8], *reversed(lists["pruned"][2][8:])]
+    evaluated = {
+        "full": [lists["full"][0], None, *lists["full"][2:]],
+        "pruned": [lists["pruned"][0], None, other, lists["pruned"][3]],
+    }
+    asked = replace(served(), users=replace(served().users, evaluated=evaluated))
+    found = asked.to_json(None, 0)["offline_lists"]
+    assert found == {"full": {"users": 3, "identical": 3}, "pruned": {"users": 3, "identical": 2}}
+    assert served().to_json(None, 0)["offline_lists"] is None
 
 
 def test_answers_may_hold_the_history_and_wrong_ones_are_errors(serve_stub):

@@ -1,0 +1,88 @@
+"""An engine with next to no model: what a deployment takes whatever it serves."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loadtest import http_json
+from loadtest.deployment import Deployment
+from loadtest.memory import Sample, read
+from models.errors import LeanRecError
+
+K = 10
+PROMPTS = 32
+"""Asked of it before memory is read: what is allocated at the first requests is there by then"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmptyEngine:
+    """Memory of all at one moment: pages of libraries that they share are counted to each in part."""
+
+    sample: Sample
+    weights_bytes: int
+    above_bytes: Mapping[str, int]
+    """what each deployment takes more than the empty engine, proportional set size, by its name"""
+
+
+def make_empty(like: Path, directory: Path) -> Path:
+    """Write a recommender of one very small layer with a recommender's catalogue and tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from models.checkpoint import read_recommender, write_recommender
+
+    recommender = read_recommender(like)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=recommender.config.vocab_size,
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=64,
+        intermediate_size=64,
+        max_position_embeddings=recommender.config.max_position_embeddings,
+        tie_word_embeddings=True,
+        dtype=recommender.config.dtype,
+    )
+    model = LlamaForCausalLM(config)
+    if isinstance(recommender.config.dtype, torch.dtype):
+        model = model.to(recommender.config.dtype)
+    write_recommender(
+        directory,
+        model=model.eval(),
+        tokenizer=recommender.tokenizer,
+        catalog=recommender.catalog,
+        prompt=recommender.prompt,
+        training=recommender.training,
+    )
+    return directory
+
+
+def measure_empty(
+    empty: Deployment, others: Iterable[Deployment], prompts: Sequence[Sequence[str]]
+) -> EmptyEngine:
+    """Let the empty engine answer, and return what it takes and what the others take above it.
+
+    Raises:
+        LeanRecError: one of them does not answer, or memory cannot be read here.
+    """
+    beside = [deployment for deployment in others if deployment.process is not None]
+    for history in prompts[:PROMPTS]:
+        try:
+            http_json.post(f"{empty.url}/recommend", {"history": history, "k": K})
+        except http_json.NoAnswerError as error:
+            raise LeanRecError(f"the empty engine gives no recommendations: {error}") from error
+    samples = {d.name: read(d.process.pid) for d in (empty, *beside) if d.process is not None}
+    sample = samples[empty.name]
+    if sample is None:
+        raise LeanRecError("the empty engine's memory cannot be read")
+    return EmptyEngine(
+        sample=sample,
+        weights_bytes=empty.model["weights_bytes"],
+        above_bytes={
+            deployment.name: found.pss_bytes - sample.pss_bytes
+            for deployment in beside
+            if (found := samples[deployment.name]) is not None
+        },
+    )
