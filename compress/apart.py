@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,14 @@ def run_apart(module: str, request: Mapping[str, Any], subject: Path) -> dict[st
         LeanRecError: it fails, or takes longer than half an hour.
     """
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
-    with tempfile.TemporaryDirectory(prefix="compress-") as folder:
+    with tempfile.TemporaryDirectory(prefix="compress-") as folder, _lifeline() as lifeline:
         asked, reply = Path(folder) / "request.json", Path(folder) / "reply.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
         try:
             done = subprocess.run(
                 [sys.executable, "-m", module, str(asked), str(reply)],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=lifeline,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -50,3 +53,29 @@ def run_apart(module: str, request: Mapping[str, Any], subject: Path) -> dict[st
             raise LeanRecError(f"{subject}: vLLM could not run it: {why}")
         answer: dict[str, Any] = json.loads(reply.read_text(encoding="utf-8"))
     return answer
+
+
+def answer_request(answer: Callable[..., Mapping[str, Any]]) -> None:
+    """Do the other side of `run_apart`: answer the request that the command line names, and end when the
+    asking process does, however that ends."""
+    request, written = Path(sys.argv[1]), Path(sys.argv[2])
+    threading.Thread(target=_end_with_parent, args=(request.parent,), daemon=True).start()
+    content = answer(**json.loads(request.read_text(encoding="utf-8")))
+    written.write_text(json.dumps(content), encoding="utf-8")
+
+
+@contextmanager
+def _lifeline() -> Iterator[int]:
+    """Yield the end of a pipe that is closed when this process ends."""
+    reading, writing = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def _end_with_parent(folder: Path) -> None:
+    sys.stdin.buffer.read()  # nothing is ever written: it returns when the other end is closed
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)

@@ -7,9 +7,9 @@ vLLM takes over threads, signals and memory of the process it runs in; here it m
 
 import json
 import os
-import sys
 from pathlib import Path
 
+from compress.apart import answer_request
 from models import vllm_plugin
 
 KV_CACHE_BYTES = 256 * 2**20
@@ -52,5 +52,4 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
 
 
 if __name__ == "__main__":
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(generate(**request)), encoding="utf-8")
+    answer_request(generate)

@@ -3,14 +3,12 @@
 python -m compress.vllm_rank REQUEST.json REPLY.json
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress.apart import run_apart
+from compress.apart import answer_request, run_apart
 from models.engine import Timings
 from models.search import SearchRequest, SearchResult
 from models.trie import Trie
@@ -62,5 +60,4 @@ def rank(directory: str, prompts: list[list[int]], k: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(rank(**request)), encoding="utf-8")
+    answer_request(rank)
