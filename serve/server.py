@@ -15,6 +15,7 @@ from uvicorn.server import ServerState
 from models.errors import LeanRecError
 from serve.protocol import GuardedProtocol
 from serve.service import Service
+from serve.supervisor import tell_supervisor
 
 DRAIN_NOTICE_S = 1.0
 """Between readiness saying no and the port closing: time for a balancer to send requests elsewhere."""
@@ -49,16 +50,20 @@ class DrainingServer(uvicorn.Server):
         self._metrics_config = http_config(metrics_app, lifespan="off")
         self._metrics_state = ServerState()
         self._metrics_server: asyncio.Server | None = None
+        self._telling: asyncio.Task[None] | None = None
         service.on_failure = self.stop
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._telling = asyncio.create_task(tell_supervisor(lambda: self.service.state == "ready"))
         if self.metrics_socket is not None:
             loop = asyncio.get_running_loop()
             self._metrics_server = await loop.create_server(self.metrics_protocol, sock=self.metrics_socket)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
+        if self._telling is not None:
+            self._telling.cancel()
         if self._metrics_server is not None:
             self._metrics_server.close()
         for connection in list(self._metrics_state.connections):
