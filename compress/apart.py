@@ -76,6 +76,8 @@ def _lifeline() -> Iterator[int]:
 
 
 def _end_with_parent(folder: Path) -> None:
-    sys.stdin.buffer.read()  # nothing is ever written: it returns when the other end is closed
+    # Nothing is ever written: it returns when the other end is closed. Not through sys.stdin, whose lock a
+    # thread that waits would hold when the interpreter ends.
+    os.read(0, 1)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.losses import ValidTokens, valid_kl, vocabulary_cross_entropy
+from models.precision import exact_products
 
 CHUNK_ELEMENTS = 2**22
 """Logits made at a time; four million fp32 numbers stay near the cache."""
@@ -119,7 +120,7 @@ class _ChunkedVocabularyKL(torch.autograd.Function):
     ) -> torch.Tensor:
         device = student_hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_head.dtype
-        head, teacher_head = student_head.to(dtype), teacher_head.to(dtype)
+        head = student_head.to(dtype)
         positions = len(student_hidden)
         hidden_gradient = torch.empty_like(student_hidden)
         head_gradient = torch.zeros_like(student_head)
@@ -128,8 +129,9 @@ class _ChunkedVocabularyKL(torch.autograd.Function):
         for start in range(0, positions, step):
             part = slice(start, start + step)
             hidden = student_hidden[part].to(dtype)
-            ours = (hidden @ head.T).float()
-            theirs = (teacher_hidden[part].to(dtype) @ teacher_head.T).float()
+            with exact_products(device):  # only the gradient's products may round
+                ours = student_hidden[part].float() @ student_head.float().T
+                theirs = teacher_hidden[part].float() @ teacher_head.float().T
             ours.sub_(ours.logsumexp(-1, keepdim=True))
             theirs.sub_(theirs.logsumexp(-1, keepdim=True))
             target = theirs.exp()

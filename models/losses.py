@@ -101,8 +101,9 @@ def valid_kl(teacher: ValidLogProbs, student: ValidLogProbs) -> torch.Tensor:
 def vocabulary_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, next_ids: torch.Tensor
 ) -> torch.Tensor:
-    """Return the mean cross-entropy over the whole vocabulary, per token."""
-    return F.cross_entropy((hidden @ weight.T).float(), next_ids)
+    """Return the mean cross-entropy over the whole vocabulary, per token; its logits are fp32."""
+    with exact_products(hidden.device.type):
+        return F.cross_entropy(hidden.float() @ weight.float().T, next_ids)
 
 
 def vocabulary_kl(teacher_logits: torch.Tensor, student_logits: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,14 @@ AttributeCondition = Annotated[
 ]
 
 
+def _one_of(given: str, other: str) -> dict[str, object]:
+    """Return the JSON schema of a request with one of two fields."""
+    return {
+        "required": [given],
+        "properties": {given: {"type": "array"}, other: {"type": "null"}},
+    }
+
+
 class RecommendRequest(BaseModel):
     """A history and what is wanted after it."""
 
@@ -68,7 +76,10 @@ class RecommendRequest(BaseModel):
         strict=True,
         extra="forbid",
         cache_strings="keys",  # the cache of values made long lists of ids three times slower to read
-        json_schema_extra={"examples": [{"history": ["50", "181"], "k": 10}]},
+        json_schema_extra={
+            "examples": [{"history": ["50", "181"], "k": 10}],
+            "oneOf": [_one_of("history", "history_titles"), _one_of("history_titles", "history")],
+        },
     )
 
     history: list[ItemId] | None = Field(

@@ -8,6 +8,8 @@ import time
 
 import psutil
 
+from compress.apart import run_apart
+
 
 def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
     told = tmp_path / "told"
@@ -27,6 +29,10 @@ def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
         asking.wait()
     wait_until(lambda: not asked.is_running() or asked.status() == psutil.STATUS_ZOMBIE)
     assert not list(temporary.glob("compress-*"))
+
+
+def test_what_is_asked_apart_answers_and_ends(tmp_path):
+    assert run_apart("tests.compress.waits_apart", {"told": ""}, tmp_path) == {"waited": False}
 
 
 def wait_until(holds):

@@ -15,7 +15,7 @@ from compress.rows import RestorationRows, collate, make_rows
 from compress.teacher import TeacherStates, cache_teacher, open_states
 from models.checkpoint import Recommender, load_model, read_recommender
 from models.errors import LeanRecError
-from models.losses import ValidTokens, vocabulary_kl
+from models.losses import ValidTokens, vocabulary_cross_entropy, vocabulary_kl
 from models.streams import StreamConfig
 from tests.tiny import make_tiny_recommender, tiny_model
 
@@ -179,6 +179,22 @@ def test_chunked_kl_has_the_value_and_gradients_of_the_plain_one(monkeypatch):
     assert torch.allclose(plain, ours, rtol=1e-5)
     for a, b in zip(wanted, got, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_logits_over_the_vocabulary_do_not_round_where_products_do():
+    torch.manual_seed(0)
+    hidden, head = torch.randn(23, 16), torch.randn(50, 16)
+    teacher_hidden, teacher_head = hidden + 1e-3 * torch.randn(23, 16), head
+    next_ids = torch.randint(50, (23,))
+    plain = vocabulary_kl(teacher_hidden @ teacher_head.T, hidden @ head.T)
+    missed = vocabulary_cross_entropy(hidden, head, next_ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(
+            chunked_vocabulary_kl(hidden, head, teacher_hidden, teacher_head), plain, rtol=0.02
+        )
+        assert torch.allclose(
+            distill.chunked_vocabulary_cross_entropy(hidden, head, next_ids), missed, rtol=1e-5
+        )
 
 
 def test_a_killed_cache_is_finished_with_the_same_bytes(teacher, rows, tmp_path):
