@@ -11,6 +11,7 @@ from pydantic import (
     Tag,
     model_validator,
 )
+from pydantic.config import JsonDict
 
 MAX_HISTORY = 10_000
 MAX_CANDIDATES = 100_000
@@ -61,7 +62,7 @@ AttributeCondition = Annotated[
 ]
 
 
-def _one_of(given: str, other: str) -> dict[str, object]:
+def _one_of(given: str, other: str) -> JsonDict:
     """Return the JSON schema of a request with one of two fields."""
     return {
         "required": [given],
