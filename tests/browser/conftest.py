@@ -5,7 +5,11 @@ from collections.abc import Iterator
 import pytest
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from serve.service import Loaded
 from tests.browser import chromium
+from tests.browser.films import make_film_recommender
+from tests.browser.hostile import HOSTILE
+from tests.serve.loaded import load
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +27,9 @@ def browser(one_browser: WebDriver) -> WebDriver:
     chromium.prefer(one_browser, "light")
     chromium.forget(one_browser)
     return one_browser
+
+
+@pytest.fixture(scope="session")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    """A random recommender over a few films, one of them hostile, for services of these tests."""
+    return load(make_film_recommender(tmp_path_factory.mktemp("served"), HOSTILE))
