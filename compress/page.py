@@ -70,10 +70,11 @@ def _tiles(report: dict[str, Any]) -> str:
         (label, f"{counts['pruned'][key] / counts['full'][key]:.1%}", "of the full model's")
         for label, key in (("parameters without embeddings", "non_embedding"), ("all parameters", "total"))
     ]
-    for metric, compared in report["compared"].items():
+    for metric in report["retained"]:
+        compared = report["compared"][metric]
         if compared["retained"] is not None:
             interval = compared["retained_ci95"]
-            stated = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+            stated = f"</small> <small>[{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
             found.append((metric.upper(), f"{compared['retained']:.1%}", f"kept, user by user{stated}"))
     cells = "".join(
         f"<div><dt>{escape(label)}</dt><dd>{value}<small>{note}</small></dd></div>"

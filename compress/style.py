@@ -25,12 +25,12 @@ grid-template-columns:repeat(auto-fill,minmax(min(27rem,100%),1fr))}
 figure{margin:0;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem;
 min-width:0}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:15px;line-height:22px;font-variant-numeric:tabular-nums}
+th,td{padding:6px 10px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap;
 vertical-align:top}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--back)}
-th{color:var(--soft);font-weight:600;vertical-align:bottom}
-small{display:block;font-size:.75rem;color:var(--soft)}
+th{color:var(--soft);font-weight:600;vertical-align:bottom;white-space:normal}
+small{display:block;font-size:12px;line-height:18px;color:var(--soft)}
 svg{display:block;width:100%;height:auto}
 svg text{fill:var(--text);font:13px system-ui,sans-serif;text-anchor:middle}
 svg .tick,svg .label{fill:var(--soft)}svg .end{text-anchor:end}svg .start{text-anchor:start}

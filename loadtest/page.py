@@ -68,7 +68,7 @@ def _speed_note(noise: Mapping[str, Any] | None) -> str:
             "Noise is the full deployment measured against itself first, in the same way: what this machine "
             "shows where there is none. "
         )
-    cpu = "CPU time is the deployment's, of all its processes, and hardly depends on what else the machine does."
+    cpu = "CPU time is the deployment's, of all its processes; what else the machine does hardly changes it."
     return f'<p class="note">{text}{cpu}</p>'
 
 

@@ -18,11 +18,11 @@ h3 { font-size: 15px; margin: 14px 0 4px; }
 .tiles div { background: var(--card); border-radius: 6px; padding: 12px 14px; }
 .tiles dd { font-size: 21px; font-weight: 650; line-height: 1.25; margin: 0; }
 .tiles dd small { font-weight: 400; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; }
 th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap;
   vertical-align: top; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; }
+th { font-weight: 600; color: var(--soft); vertical-align: bottom; white-space: normal; }
 small { display: block; font-size: 12px; color: var(--soft); }
 th:first-child, td:first-child, .names td:nth-child(2), .names th:nth-child(2) { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper); }
@@ -51,6 +51,6 @@ p.note { color: var(--soft); font-size: 13px; }
 pre { background: var(--card); padding: 12px; overflow-x: auto; font-size: 12px; }
 summary { cursor: pointer; color: var(--soft); }
 @media (max-width: 600px) { body { padding: 16px 12px 40px; } figure { padding: 10px 6px; }
-  th, td { padding: 5px 7px; } th:first-child, td:first-child { white-space: normal; min-width: 84px; }
+  th, td { padding: 5px 7px; } th:first-child, td:first-child { white-space: normal; min-width: 96px; }
   .verdict { font-size: 15px; padding: 10px 12px; } }
 """

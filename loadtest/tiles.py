@@ -24,10 +24,16 @@ def tiles(report: Mapping[str, Any]) -> str:
     if kept:
         found.append(("NDCG@10", *kept))
     cells = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
+        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}{_small(note)}</dd></div>"
         for label, value, note in found
     )
     return f'<dl class="tiles">{cells}</dl>'
+
+
+def _small(note: str) -> str:
+    """Return a note, its interval on a line of its own."""
+    words, bracket, interval = note.partition(" [")
+    return f"<small>{escape(words)}</small>" + (f" <small>[{escape(interval)}</small>" if bracket else "")
 
 
 def _ratio(ratios: Mapping[str, Any], figure: str, different: str) -> tuple[str, str]:
@@ -54,10 +60,11 @@ def _capacity(found: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
 
 
 def _kept(report: Mapping[str, Any]) -> tuple[str, str] | None:
-    served = report["served_quality"]
-    kept = (served or report["quality"] or {}).get("retained", {})
+    """Return what the sentence states: offline, where that was measured."""
+    offline = report["quality"]
+    kept = (offline or report["served_quality"] or {}).get("retained", {})
     if kept.get("ndcg@10") is None:
         return None
     interval = kept.get("ci95", {}).get("ndcg@10")
     stated = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
-    return f"{kept['ndcg@10']:.1%}", f"kept, {'over HTTP' if served else 'offline'}{stated}"
+    return f"{kept['ndcg@10']:.1%}", f"kept, {'offline' if offline else 'over HTTP'}{stated}"

@@ -77,12 +77,10 @@ def requests(browser: WebDriver) -> list[str]:
     return [url for url in urls if not url.startswith(("data:", "about:"))]
 
 
-def picture(browser: WebDriver, height: int | None = None) -> bytes:
-    """Return a PNG of the page from its top, all of it unless `height` says how much."""
+def picture(browser: WebDriver, most_height: int) -> bytes:
+    """Return a PNG of the page from its top; the page loses its scroll bar."""
+    browser.execute_script("document.documentElement.style.scrollbarWidth = 'none'")
     size: dict[str, Any] = browser.execute_cdp_cmd("Page.getLayoutMetrics", {})["cssContentSize"]
-    clip = {"x": 0, "y": 0, "width": size["width"], "height": height or size["height"], "scale": 1}
+    clip = {"x": 0, "y": 0, "scale": 1, "width": size["width"], "height": min(most_height, size["height"])}
     told = {"format": "png", "clip": clip, "captureBeyondViewport": True}
-    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", told)
-    browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": False})
-    return base64.b64decode(shot["data"])
+    return base64.b64decode(browser.execute_cdp_cmd("Page.captureScreenshot", told)["data"])
