@@ -143,6 +143,8 @@ def test_a_compression(browser: WebDriver, tmp_path: Path, kind: str) -> None:
                 f"{measured['nll']:.3f}",
             ]
     (plot,) = (plot for plot in page["plots"] if plot["title"] == "Parameters by stage")
+    named = " ".join(text["text"] for text in plot["texts"])
+    assert all(word in named for stage in report["stages"] for word in stage["name"].split())
     bars = [mark for mark in plot["marks"] if mark["kind"] == "rect"]
     sizes = [counts["full"]["non_embedding"], *(s["parameters"]["non_embedding"] for s in report["stages"])]
     heights = [bar["bottom"] - bar["top"] for bar in bars]
