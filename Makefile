@@ -3,6 +3,7 @@
 #   make test    every test, with coverage and the slowest ten
 #   make bench-serving  what a recommendation costs, every way to serve it: an hour, on a quiet machine
 #   make bench-quality DATA_ROOT=DIR  what pruning keeps, against its controls: days on two cores, resumable
+#   make screenshots PAGES='FILE ... URL'  pictures of report pages and of a running service's page
 #   make lint    ruff, mypy, the Dockerfile and the compose file
 # EXTRA=gpu installs vLLM for NVIDIA GPUs instead of the CPU build; PYTHON names the interpreter.
 
@@ -10,7 +11,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench-serving bench-quality
+.PHONY: help install demo test lint screenshots bench-serving bench-quality
 
 EXTRA ?= cpu
 VENV := .venv
@@ -18,7 +19,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
-	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@sed -n '2,8s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
@@ -51,6 +52,10 @@ bench-quality: $(INSTALLED)
 test: $(INSTALLED)
 	# One thread each: two workers fill two cores, and threads that wait for one another by spinning do not.
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --durations=10 --cov --cov-report=term:skip-covered
+
+# Without PAGES those of the tests, made up.
+screenshots: $(INSTALLED)
+	LEANREC_SCREENSHOTS=docs/screenshots LEANREC_SCREENSHOT_PAGES='$(PAGES)' pytest -rs tests/browser/test_screenshots.py
 
 lint: $(INSTALLED)
 	ruff check .

@@ -6,36 +6,8 @@ from typing import Any
 from compress.layer_table import HEAD, layer_rows
 from compress.plots import Bar, Line, bar_chart, heat_map, line_chart
 from compress.report import Evidence, stage_names
+from compress.style import STYLE
 
-STYLE = """
-:root{color-scheme:light dark;--text:#1b1f24;--soft:#5c6670;--line:#d8dde3;--back:#fff;--card:#f6f8fa;
---s0:#2563a8;--s1:#c2571a;--s2:#2f7d4f;--s3:#8a4fa3;--s4:#a83248;--s5:#6b6f1d}
-@media(prefers-color-scheme:dark){:root{--text:#e6e9ec;--soft:#9aa4ae;--line:#363d45;--back:#15181c;
---card:#1d2126;--s0:#6aa7e8;--s1:#ef9a5f;--s2:#6fc191;--s3:#c394da;--s4:#e88093;--s5:#c5c96a}}
-*{box-sizing:border-box}
-body{margin:0 auto;padding:2rem 1.25rem 4rem;max-width:72rem;background:var(--back);color:var(--text);
-font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.6rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.5rem 0 .75rem}
-h3{font-size:.95rem;margin:0 0 .5rem}p{margin:.4rem 0}.lead{font-size:1.1rem}
-.note{color:var(--soft);font-size:.9rem}
-.grid2{display:grid;gap:1.25rem;margin-top:1rem;grid-template-columns:repeat(auto-fit,minmax(20rem,1fr))}
-figure{margin:0;padding:1rem;background:var(--card);border:1px solid var(--line);border-radius:.5rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-size:.92rem;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .6rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th:first-child,td:first-child{text-align:left}thead th{color:var(--soft);font-weight:600}
-svg{display:block;width:100%;height:auto}
-svg text{fill:var(--text);font:12px system-ui,sans-serif;text-anchor:middle}
-svg .tick,svg .label{fill:var(--soft)}svg .end{text-anchor:end}svg .value{font-weight:600}
-.grid{stroke:var(--line);fill:none}.interval{stroke:var(--text);stroke-width:1.5;fill:none}
-.cell{fill:var(--s0)}.cross{stroke:var(--s4);stroke-width:1;fill:none;opacity:.7}
-.bar{fill:var(--s0)}.muted{fill:var(--line)}.line{fill:none;stroke-width:2}
-.legend{display:flex;flex-wrap:wrap;gap:.25rem 1rem;font-size:.85rem;color:var(--soft)}
-.legend i{display:inline-block;width:.9rem;height:.25rem;margin-right:.4rem;vertical-align:middle}
-""" + "".join(
-    f"polyline.s{n}{{stroke:var(--s{n})}}circle.s{n}{{fill:var(--s{n})}}i.s{n}{{background:var(--s{n})}}"
-    for n in range(6)
-)
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
 
 
@@ -52,6 +24,7 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
         f"retained on test users: {kept or 'not measurable'}. All parameters, embedding included: "
         f"{parameters['pruned']['total']:,} of {parameters['full']['total']:,} "
         f"({parameters['pruned']['total'] / parameters['full']['total']:.1%}).</p>",
+        _tiles(report),
         "<h2>Quality on test users</h2>",
         _metrics_table(report),
         _figures(
@@ -90,10 +63,36 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
     )
 
 
+def _tiles(report: dict[str, Any]) -> str:
+    """Return the figures that a reader looks for first."""
+    counts = report["parameters"]
+    found = [
+        (label, f"{counts['pruned'][key] / counts['full'][key]:.1%}", "of the full model's")
+        for label, key in (("parameters without embeddings", "non_embedding"), ("all parameters", "total"))
+    ]
+    for metric in report["retained"]:
+        compared = report["compared"][metric]
+        if compared["retained"] is not None:
+            interval = compared["retained_ci95"]
+            stated = f"</small> <small>[{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+            found.append((metric.upper(), f"{compared['retained']:.1%}", f"kept, user by user{stated}"))
+    cells = "".join(
+        f"<div><dt>{escape(label)}</dt><dd>{value}<small>{note}</small></dd></div>"
+        for label, value, note in found
+    )
+    return f'<dl class="tiles">{cells}</dl>'
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    """Return a cell's content; its interval goes below the value, so that a wide table fits."""
+    value, bracket, interval = text.partition(" [")
+    return escape(value) + (f" <small>[{escape(interval)}</small>" if bracket else "")
 
 
 def _figure(title: str, chart: str) -> str:
@@ -115,7 +114,7 @@ def _metrics_table(report: dict[str, Any]) -> str:
         rows.append([name, *cells])
     users = report["metrics"]["full"]["test"]["users"]
     note = f"{users:,} users, exact search over the full catalogue, 95 % bootstrap intervals."
-    return _table(["", *(metric.upper() for metric in METRICS)], rows) + f'<p class="note">{note}</p>'
+    return _table(["model", *(metric.upper() for metric in METRICS)], rows) + f'<p class="note">{note}</p>'
 
 
 def _contenders(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -136,8 +135,15 @@ def _stage_table(report: dict[str, Any], evidence: Evidence) -> str:
     for number, stage in enumerate(report["stages"], 1):
         count = f"{stage['parameters']['non_embedding']:,}"
         rows.append([f"{number} {stage['name']}: cut", count, "", *_quality(stage["metrics"]["cut"])])
-        rows.append(["restored", count, f"{stage['seconds']:.0f} s", *_quality(stage["metrics"]["restored"])])
-    return _table(["", "non-embedding parameters", "time", "HR@10", "NDCG@10", "NLL per item"], rows)
+        rows.append(
+            [
+                f"{number} {stage['name']}: restored",
+                count,
+                f"{stage['seconds']:.0f} s",
+                *_quality(stage["metrics"]["restored"]),
+            ]
+        )
+    return _table(["stage", "non-embedding parameters", "time", "HR@10", "NDCG@10", "NLL per item"], rows)
 
 
 def _quality(metrics: dict[str, float]) -> list[str]:
@@ -221,7 +227,7 @@ def _shape_table(report: dict[str, Any]) -> str:
         [f"{key.replace('_', '-')}", f"{counts['full'][key]:,}", f"{counts['pruned'][key]:,}"]
         for key in ("non_embedding", "embedding", "total", "bytes")
     ]
-    return _table(["", "full", "pruned"], rows)
+    return _table(["size", "full", "pruned"], rows)
 
 
 def _layers(report: dict[str, Any]) -> list[str]:
@@ -243,7 +249,7 @@ def _quantization(report: dict[str, Any]) -> list[str]:
     kept = ", ".join(f"{k.upper()} {v:.1%}" for k, v in found["retained"].items() if v is not None)
     return [
         f"<h2>Quantisation: {escape(found['scheme'])}</h2>",
-        _table(["", "bytes of weights", *(metric.upper() for metric in METRICS)], rows),
+        _table(["model", "bytes of weights", *(metric.upper() for metric in METRICS)], rows),
         f'<p class="note">Both ranked by vLLM as it serves, on the same test users. Retained: '
         f"{kept or 'not measurable'}. vLLM and transformers differ by at most "
         f"{found['verify']['max_abs_logprob_diff']:.2f} in the log-probability of a token: each rounds "
@@ -266,4 +272,4 @@ def _provenance(report: dict[str, Any]) -> str:
     rows = [["seed", str(report["seed"])], ["time", f"{report['seconds']:.0f} s"]]
     rows.append(["peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB"])
     rows += [[name, version] for name, version in report["versions"].items()]
-    return _table(["", ""], rows)
+    return _table(["setting or version", "value"], rows)

@@ -1,14 +1,21 @@
-"""Charts as inline SVG: no script, no font, nothing to fetch; colours come from the page's style sheet."""
+"""Charts as inline SVG: no script, no font, nothing to fetch; colours come from the page's style sheet.
+
+They are drawn small, so that their text is still read on a phone; legends are HTML, which wraps.
+"""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 280
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 48
+from compress.style import COLOURS
+
+WIDTH, HEIGHT = 460, 270
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 30, 48
 MARKED_POINTS = 20
-NUMBERED_BARS = 12
+CHARACTER = 8.0
+"""Width of a character of a label, generously"""
+LINE_HEIGHT = 15
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,8 @@ def line_chart(lines: Sequence[Line], *, x_label: str, y_label: str, title: str)
         if len(line.points) <= MARKED_POINTS:
             for point in path.split():
                 x, y = point.split(",")
-                parts.append(f'<circle class="dot s{number % 6}" cx="{x}" cy="{y}" r="3"/>')
-        parts.append(f'<polyline class="line s{number % 6}" points="{path}">{note}</polyline>')
+                parts.append(f'<circle class="dot {_style(number)}" cx="{x}" cy="{y}" r="3"/>')
+        parts.append(f'<polyline class="line {_style(number)}" points="{path}">{note}</polyline>')
     legend = _legend([line.name for line in lines]) if len(lines) > 1 else ""
     return legend + _svg(parts, title)
 
@@ -73,6 +80,9 @@ def bar_chart(bars: Sequence[Bar], *, y_label: str, title: str) -> str:
     parts = _y_axis(0, high, y_label)
     step = (WIDTH - LEFT - RIGHT) / len(bars)
     base = HEIGHT - BOTTOM
+    names = [_wrapped(bar.name, step) for bar in bars]
+    each = math.ceil(max(_width(line) for lines in names for line in lines) / step)
+    numbered = max(_width(short_number(bar.value)) for bar in bars) <= step
     for place, bar in enumerate(bars):
         middle = LEFT + step * (place + 0.5)
         width = min(72.0, step * 0.6)
@@ -90,11 +100,13 @@ def bar_chart(bars: Sequence[Bar], *, y_label: str, title: str) -> str:
                 f'<path class="interval" d="M{middle:.1f} {low_y:.1f}V{high_y:.1f}'
                 f'M{middle - 6:.1f} {low_y:.1f}h12M{middle - 6:.1f} {high_y:.1f}h12"/>'
             )
-        if len(bars) <= NUMBERED_BARS:
+        if numbered:
             number_text = short_number(bar.value)
             parts.append(f'<text class="value" x="{middle:.1f}" y="{label_y - 5:.1f}">{number_text}</text>')
-        parts.append(f'<text class="tick" x="{middle:.1f}" y="{base + 16}">{escape(bar.name)}</text>')
-    return _svg(parts, title)
+        for row, line in enumerate(names[place] if place % each == 0 else ()):
+            y_name = base + 17 + LINE_HEIGHT * row
+            parts.append(f'<text class="tick" x="{middle:.1f}" y="{y_name}">{escape(line)}</text>')
+    return _svg(parts, title, base + LINE_HEIGHT * max(map(len, names)) + 10)
 
 
 def heat_map(
@@ -113,7 +125,7 @@ def heat_map(
     columns = max((len(row) for row in rows), default=0)
     if not columns:
         return _empty(title)
-    cell = min(60.0, (WIDTH - LEFT - RIGHT) / columns)
+    cell = (WIDTH - LEFT - RIGHT) / columns
     height = TOP + 22.0 * len(rows) + BOTTOM
     parts = []
     for i, row in enumerate(rows):
@@ -136,7 +148,7 @@ def heat_map(
     base = TOP + 22.0 * len(rows)
     x = LEFT + cell * columns / 2
     parts.append(f'<text class="label" x="{x:.1f}" y="{base + 20:.1f}">{escape(column_label)}</text>')
-    parts.append(_y_label(row_label, (TOP + base) / 2))
+    parts.append(_y_label(row_label))
     return _svg(parts, title, height)
 
 
@@ -165,27 +177,49 @@ def _y_axis(low: float, high: float, label: str) -> list[str]:
         y = _scale(tick, low, high, HEIGHT - BOTTOM, TOP)
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 8}" y="{y + 4:.1f}">{short_number(tick)}</text>')
-    parts.append(_y_label(label, (TOP + HEIGHT - BOTTOM) / 2))
+    parts.append(_y_label(label))
     return parts
 
 
-def _y_label(text: str, y: float) -> str:
-    return f'<text class="label" transform="translate(14 {y:.1f}) rotate(-90)">{escape(text)}</text>'
+def _y_label(text: str) -> str:
+    """Above the axis: beside it, turned, it would take the room of the figures and be harder to read."""
+    return f'<text class="label start" x="4" y="14">{escape(text)}</text>'
+
+
+def _width(text: str) -> float:
+    return CHARACTER * (len(text) + 1)
+
+
+def _wrapped(name: str, width: float) -> list[str]:
+    """Return a name in lines that fit, broken between words only."""
+    lines = [""]
+    for word in name.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and _width(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _style(number: int) -> str:
+    """Return the CSS classes of a series."""
+    return f"s{number % COLOURS}" + (" dashed" if number // COLOURS % 2 else "")
 
 
 def _x_axis(low: float, high: float, x_label: str) -> list[str]:
     parts = []
     for tick in _ticks(low, high):
         x = _scale(tick, low, high, LEFT, WIDTH - RIGHT)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}">{short_number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}">{short_number(tick)}</text>')
     parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 10}">{escape(x_label)}</text>'
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.1f}" y="{HEIGHT - 6}">{escape(x_label)}</text>'
     )
     return parts
 
 
 def _legend(names: Sequence[str]) -> str:
-    keys = "".join(f'<span><i class="s{n % 6}"></i>{escape(name)}</span>' for n, name in enumerate(names))
+    keys = "".join(f'<span><i class="{_style(n)}"></i>{escape(name)}</span>' for n, name in enumerate(names))
     return f'<p class="legend">{keys}</p>'
 
 

@@ -12,39 +12,8 @@ from loadtest.load import load_of
 from loadtest.plots import Line, Stack, line_chart, stacked_bars
 from loadtest.report import SIDES, capacity_table, load_table, memory_table, quality_table, with_interval
 from loadtest.results import CDF_POINTS
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5d6673; --rule: #dde1e6; --paper: #fff;
-  --card: #f6f7f9; --full: #4b5a75; --pruned: #d9622b; --kv: #b9c2d0; --rest: #8693a8; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a2abb8; --rule: #343a43;
-  --paper: #15181c; --card: #1e2228; --full: #9db1d6; --pruned: #f08a55; --kv: #4a5362; --rest: #6d7a90;
-  --bad: #ff8a80; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 22px; margin: 0 0 10px; } h2 { font-size: 17px; margin: 34px 0 10px; }
-.verdict { font-size: 18px; background: var(--card); border-left: 4px solid var(--pruned);
-  padding: 14px 18px; border-radius: 4px; }
-.incomplete { border-color: var(--bad); } pre.incomplete { border-left: 4px solid var(--bad); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-.wide { overflow-x: auto; }
-th, td { text-align: right; padding: 5px 10px; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); } th:first-child, td:first-child, .names td:nth-child(2),
-.names th:nth-child(2) { text-align: left; } tr.strong td { font-weight: 600; background: var(--card); }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 18px; }
-figure { margin: 0; background: var(--card); border-radius: 6px; padding: 10px 12px; }
-figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); } .middle { text-anchor: middle; }
-.end { text-anchor: end; } svg .name, svg .value { fill: var(--ink); font-weight: 600; }
-.grid { stroke: var(--rule); } .line { fill: none; stroke-width: 2; } .whisker { stroke-width: 1.5; }
-.full { stroke: var(--full); } .pruned { stroke: var(--pruned); } .dashed { stroke-dasharray: 5 4; }
-circle.full { fill: var(--full); } circle.pruned { fill: var(--pruned); }
-.part.weights { fill: var(--pruned); } .part.kv { fill: var(--kv); } .part.rest { fill: var(--rest); }
-dt { color: var(--soft); } dd { margin: 0 0 6px; }
-h3 { font-size: 15px; margin: 14px 0 4px; }
-p.note { color: var(--soft); font-size: 13px; }
-pre { background: var(--card); padding: 12px; overflow-x: auto;
-  font-size: 12px; } summary { cursor: pointer; color: var(--soft); }
-"""
+from loadtest.style import STYLE
+from loadtest.tiles import tiles
 
 
 def render(report: Mapping[str, Any]) -> str:
@@ -54,13 +23,10 @@ def render(report: Mapping[str, Any]) -> str:
         "<h1>Full against pruned: load test</h1>",
         f'<p class="verdict{incomplete}">{escape(report["verdict"])}</p>',
         f'<pre class="incomplete">{escape(report["incomplete"])}</pre>' if incomplete else "",
+        tiles(report),
         "<h2>Speed</h2>",
         _table(load_table(report), names=True),
-        '<p class="note">In brackets: 95 % intervals from pairs of blocks. '
-        "Speed-up is full over pruned for latencies and pruned over full for requests per second; it is "
-        "called a difference only where its interval excludes 1. Noise is the full deployment measured "
-        "against itself first, in the same way: what this machine shows where there is none. CPU time is the "
-        "deployment's, of all its processes, and hardly depends on what else the machine does.</p>",
+        _speed_note(report["noise"]),
         f'<div class="plots">{"".join(_speed_plots(report["levels"]))}</div>',
         _capacity(report["capacity"]),
         "<h2>Memory</h2>",
@@ -92,6 +58,21 @@ def render(report: Mapping[str, Any]) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def _speed_note(noise: Mapping[str, Any] | None) -> str:
+    text = (
+        "In brackets: 95 % intervals from pairs of blocks. Speed-up is full over pruned for latencies and "
+        "pruned over full for requests per second; it is called a difference only where its interval "
+        "excludes 1. "
+    )
+    if noise:
+        text += (
+            "Noise is the full deployment measured against itself first, in the same way: what this machine "
+            "shows where there is none. "
+        )
+    cpu = "CPU time is the deployment's, of all its processes; what else the machine does hardly changes it."
+    return f'<p class="note">{text}{cpu}</p>'
 
 
 def _speed_plots(levels: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -249,10 +230,10 @@ def _block_table(blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _table(table: Sequence[Sequence[str]], *, names: bool = False) -> str:
     header, *rows = table
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
     body = "".join(
         ('<tr class="strong">' if "speed-up" in row or "noise" in row else "<tr>")
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "".join(f"<td>{_cell(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows
     )
@@ -260,6 +241,12 @@ def _table(table: Sequence[Sequence[str]], *, names: bool = False) -> str:
     return (
         f'<div class="wide"><table{style}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
+
+
+def _cell(text: str) -> str:
+    """Return a cell's content; its interval goes below the value, so that a wide table fits."""
+    value, bracket, interval = text.partition(" [")
+    return escape(value) + (f" <small>[{escape(interval)}</small>" if bracket else "")
 
 
 def _figure(title: str, chart: str) -> str:

@@ -1,12 +1,21 @@
-"""Plots as inline SVG: no script, no font, nothing to fetch. Colours come from the page's style sheet."""
+"""Plots as inline SVG: no script, no font, nothing to fetch. Colours come from the page's style sheet.
+
+They are drawn small, so that their text is still read on a phone; legends are HTML, which wraps.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 62, 16, 30, 46
+WIDTH, HEIGHT = 460, 280
+LEFT, RIGHT, TOP, BOTTOM = 58, 20, 30, 46
+DOT = 12
+"""From the frame's edge to the nearest dot, so that it is drawn whole"""
+DODGE = 30
+"""Between the dots of a chart's only load, which would cover one another"""
+CHARACTER = 9
+"""Width of a tick label's character, generously"""
 
 
 @dataclass(frozen=True)
@@ -36,26 +45,27 @@ def line_chart(
     ys = [y for line in lines for _, y in line.points]
     ys += [high for line in lines for whisker in line.whiskers if whisker for high in whisker]
     top = y_max or max(ys) * 1.05
-    x_at = _scale(min(xs), max(xs), LEFT, WIDTH - RIGHT, log_x)
+    inset = DOT if any(line.dots for line in lines) else 0
+    x_at = _scale(min(xs), max(xs), LEFT + inset, WIDTH - RIGHT - inset, log_x)
     y_at = _scale(0.0, top, HEIGHT - BOTTOM, TOP, False)
     ticks = log_ticks(min(xs), max(xs)) if log_x else sorted(set(xs))
     body = [_axes(x_label, y_label, y_at, linear_ticks(top))]
-    for x in ticks:
-        body.append(_text(x_at(x), HEIGHT - BOTTOM + 16, short(x), "tick middle"))
-    for line in lines:
-        path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line.points)
+    for x in _apart(ticks, x_at):
+        body.append(_text(x_at(x), HEIGHT - BOTTOM + 18, short(x), "tick middle"))
+    for number, line in enumerate(lines):
+        shift = DODGE * (number - (len(lines) - 1) / 2) if min(xs) == max(xs) else 0.0
+        path = " ".join(f"{x_at(x) + shift:.1f},{y_at(y):.1f}" for x, y in line.points)
         body.append(f'<polyline class="line {line.style}" points="{path}"/>')
         for index, (x, y) in enumerate(line.points if line.dots else ()):
-            body.append(f'<circle class="dot {line.style}" cx="{x_at(x):.1f}" cy="{y_at(y):.1f}" r="3.5"/>')
+            at = f"{x_at(x) + shift:.1f}"
+            body.append(f'<circle class="dot {line.style}" cx="{at}" cy="{y_at(y):.1f}" r="3.5"/>')
             whisker = line.whiskers[index] if line.whiskers else None
             if whisker:
                 low, high = (f"{y_at(value):.1f}" for value in whisker)
-                at = f"{x_at(x):.1f}"
                 body.append(
                     f'<line class="whisker {line.style}" x1="{at}" x2="{at}" y1="{low}" y2="{high}"/>'
                 )
-    body.append(_legend([(line.name, line.style) for line in lines]))
-    return _svg(title, body)
+    return _legend([(line.name, f"line {line.style}") for line in lines]) + _svg(title, body)
 
 
 def stacked_bars(stacks: Sequence[Stack], *, title: str, y_label: str) -> str:
@@ -76,8 +86,8 @@ def stacked_bars(stacks: Sequence[Stack], *, title: str, y_label: str) -> str:
         centre = left + slot / 4
         body.append(_text(centre, y_at(base) - 6, short(base), "value middle"))
         body.append(_text(centre, HEIGHT - BOTTOM + 18, stack.name, "name middle"))
-    body.append(_legend([(name, style) for name, _, style in stacks[0].parts], swatch="rect"))
-    return _svg(title, body)
+    entries = {name: f"part {style}" for stack in stacks for name, _, style in stack.parts}
+    return _legend(list(entries.items())) + _svg(title, body)
 
 
 def linear_ticks(top: float) -> list[float]:
@@ -100,6 +110,8 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def short(value: float) -> str:
     """Return a number as an axis shows it."""
+    if value >= 1e5:
+        return f"{value / 1e3:,.0f}k"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -117,25 +129,26 @@ def _axes(x_label: str, y_label: str, y_at: Callable[[float], float], ticks: Seq
         y = f"{y_at(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(_text(LEFT - 8, y_at(tick) + 4, short(tick), "tick end"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label, "label middle"))
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(
-        f'<text class="label middle" transform="translate(14 {middle:.1f}) rotate(-90)">'
-        f"{escape(y_label)}</text>"
-    )
+    if x_label:
+        parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "label middle"))
+    parts.append(_text(4, 14, y_label, "label"))
     return "".join(parts)
 
 
-def _legend(entries: Sequence[tuple[str, str]], swatch: str = "line") -> str:
-    parts, x = [], float(LEFT)
-    for name, style in entries:
-        if swatch == "line":
-            parts.append(f'<line class="line {style}" x1="{x:.0f}" x2="{x + 22:.0f}" y1="12" y2="12"/>')
-        else:
-            parts.append(f'<rect class="part {style}" x="{x:.0f}" y="6" width="14" height="12"/>')
-        parts.append(_text(x + 28, 16, name, "legend"))
-        x += 44 + 7 * len(name)
-    return "".join(parts)
+def _apart(ticks: Sequence[float], x_at: Callable[[float], float]) -> list[float]:
+    """Return the ticks whose labels do not touch: the last, and those that keep clear of the next kept."""
+    kept: list[float] = []
+    for tick in sorted(ticks, reverse=True):
+        room = CHARACTER * (len(short(tick)) + len(short(kept[-1]))) / 2 if kept else 0.0
+        if not kept or x_at(kept[-1]) - x_at(tick) >= room:
+            kept.append(tick)
+    return kept[::-1]
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+    """Return (name, CSS classes of its mark) in a row that wraps."""
+    keys = "".join(f'<span><i class="{style}"></i>{escape(name)}</span>' for name, style in entries)
+    return f'<p class="legend">{keys}</p>'
 
 
 def _text(x: float, y: float, text: str, style: str) -> str:

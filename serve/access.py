@@ -14,6 +14,8 @@ from serve.problems import ServiceProblem, send_problem
 from serve.rate import RateLimit
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready"})
+PAGE_PATH = "/"
+"""Open to GET: a browser sends no key by itself, and the page, the same everywhere, asks for one."""
 ADMINISTRATOR = 0
 """The number of the administrator's token; keys are numbered from 1, as they stand in their file."""
 
@@ -23,7 +25,7 @@ class Access:
     """Secrets of the service. Neither they nor their hashes are ever logged; a key's number is."""
 
     keys: tuple[str, ...] = ()
-    """What all routes but health ask for; none: everybody may call"""
+    """What all routes but health and the page ask for; none: everybody may call"""
     admin_token: str | None = None
     """What `PUT /catalog` and the details of `/model` ask for"""
     rate_limit: float | None = None
@@ -72,7 +74,7 @@ class KeyCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or not self._access.keys or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or not self._access.keys or _is_open(scope):
             await self.app(scope, receive, send)
             return
         number = self._access.holder(scope)
@@ -94,6 +96,10 @@ def unauthorised(detail: str) -> ServiceProblem:
     """Return a 401 that says how to send what is missing."""
     headers = {"WWW-Authenticate": "Bearer"}
     return ServiceProblem(401, f"{detail}; send it as Authorization: Bearer ...", headers)
+
+
+def _is_open(scope: Scope) -> bool:
+    return scope["path"] in OPEN_PATHS or (scope["path"] == PAGE_PATH and scope["method"] == "GET")
 
 
 def _digest(secret: bytes) -> bytes:

@@ -41,9 +41,10 @@ MAX_CATALOG_BYTES = 256 * 2**20
 CATALOG_BODY_S = 300.0
 LEAVING = ("draining", "failed")
 PARQUET = "application/vnd.apache.parquet"
-# The page is one file: nothing is loaded from anywhere.
+# The page is one file: nothing is loaded from anywhere, and a key typed into it goes to this service only.
 _CONTENT_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 
 

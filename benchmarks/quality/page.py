@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.rows import HERE, Row, read_rows
-from benchmarks.serving.page import Table
-from compress.page import STYLE
+from benchmarks.table import Table, page
 from compress.plots import Line, line_chart
+from compress.style import STYLE
 from models.atomic import write_text
 
 TITLES = {
@@ -52,16 +52,10 @@ def write_pages() -> None:
         "All test users, the whole catalogue ranked by exact search, the history not masked; 95 % bootstrap "
         "intervals over users. Made by `make bench-quality`."
     )
-    body = "\n\n".join(table.markdown() for table in tables if len(table.cells) > 1)
+    shown = [table for table in tables if len(table.cells) > 1]
+    body = "\n\n".join(table.markdown() for table in shown)
     write_text(HERE / "README.md", f"# Quality benchmark\n\n{intro}\n\n{body}\n")
-    html = "".join(table.html() for table in tables if len(table.cells) > 1)
-    write_text(
-        HERE / "report.html",
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><title>Quality benchmark</title>'
-        f"<style>{STYLE}</style></head><body><main><h1>Quality benchmark</h1><p>{intro}</p>{html}</main>"
-        "</body></html>\n",
-    )
+    write_text(HERE / "report.html", page("Quality benchmark", intro, shown, STYLE))
 
 
 def _baselines(rows: Sequence[Row]) -> list[Row]:
@@ -97,7 +91,7 @@ def _mean(rows: Sequence[Row], *path: str) -> float | None:
 
 
 def _quality_table(data: str, rows: Sequence[Row]) -> Table:
-    cells = [["", "Target", "Kept", "All parameters", "Tokens", "Seeds", "HR@10", "NDCG@10", "NLL"]]
+    cells = [["Recipe", "Target", "Kept", "All parameters", "Tokens", "Seeds", "HR@10", "NDCG@10", "NLL"]]
     cells[0] += ["HR@10 kept", "NDCG@10 kept", "NDCG@10 lost, paired"]
     for (recipe, target, tokens), group in _groups(rows).items():
         kept = _mean(group, "kept_non_embedding")
@@ -220,8 +214,8 @@ def _cost_table(rows: Sequence[Row]) -> Table:
     return Table("What a compression costs", note, cells)
 
 
-def _curves(rows: Sequence[Row]) -> str:
-    """Return validation NLL against restoration tokens."""
+def _curves(rows: Sequence[Row]) -> list[str]:
+    """Return validation NLL against restoration tokens, and quality against size."""
     lines = []
     for (recipe, target, tokens), group in _groups(rows).items():
         curve = group[0].get("curve")
@@ -234,9 +228,10 @@ def _curves(rows: Sequence[Row]) -> str:
                 points.append((before + point["tokens"], point["nll"]))
             lines.append(Line(f"{TITLES[recipe]}, {(tokens or 0) / 1e6:.1f} M", points))
     if not lines:
-        return ""
-    curves = line_chart(lines, x_label="restoration tokens", y_label="validation NLL", title="Validation NLL")
-    return f"{curves}</figure><figure>{_pareto(rows)}"
+        return []
+    title = "Validation NLL while restoring"
+    curves = line_chart(lines, x_label="restoration tokens", y_label="validation NLL", title=title)
+    return [f"<h3>{title}</h3>{curves}", f"<h3>Quality against size</h3>{_pareto(rows)}"]
 
 
 def _pareto(rows: Sequence[Row]) -> str:

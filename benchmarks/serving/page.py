@@ -5,12 +5,12 @@ python -m benchmarks.serving.page
 
 import json
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
-from loadtest.page import STYLE
+from benchmarks.table import Table, page
 from loadtest.plots import Line, line_chart
+from loadtest.style import STYLE
 from models.atomic import write_text
 
 HERE = Path("benchmarks/serving")
@@ -23,30 +23,6 @@ TITLES = {
     "worker": "LeanRec in the worker",
     "worker-int8": "LeanRec in the worker, int8",
 }
-
-
-class Table:
-    """A heading, a note, and cells, the first row their names."""
-
-    def __init__(self, title: str, note: str, cells: Sequence[Sequence[str]], plot: str = "") -> None:
-        self.title, self.note, self.cells, self.plot = title, note, cells, plot
-
-    def markdown(self) -> str:
-        """Return it in Markdown."""
-        lines = [self.cells[0], ["---"] * len(self.cells[0]), *self.cells[1:]]
-        return f"## {self.title}\n\n{self.note}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def html(self) -> str:
-        """Return it in HTML."""
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.cells[0])
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.cells[1:]
-        )
-        figure = f'<div class="plots"><figure>{self.plot}</figure></div>' if self.plot else ""
-        return (
-            f'<h2>{escape(self.title)}</h2><p class="note">{escape(self.note)}</p>'
-            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{figure}'
-        )
 
 
 def cost_table(rows: Rows) -> Table:
@@ -80,7 +56,7 @@ def cost_table(rows: Rows) -> Table:
         "what else the machine does; CPU time much less. The checkpoint was trained on the softmax over the "
         "catalogue's tokens, so beams that know no catalogue find no titles. `python -m benchmarks.serving`"
     )
-    return Table(f"What a recommendation costs: {first['data']}", note, cells, _latency_plot(rows))
+    return Table(f"What a recommendation costs: {first['data']}", note, cells, _plots(rows))
 
 
 def exactness_table(rows: Rows) -> Table:
@@ -175,11 +151,11 @@ def catalogue_table(rows: Rows) -> Table:
     """Return a million items beside two thousand."""
     keys = [key for key in rows[0] if not key.startswith("budget_")]
     cells = [["Figure", *(f"{row['items']:,} items" for row in rows)]]
-    cells += [[key.replace("_", " "), *(str(row[key]) for row in rows)] for key in keys[1:]]
+    cells += [[key.replace("_", " "), *(_figure(row[key]) for row in rows)] for key in keys[1:]]
     for key in (key for key in rows[0] if key.startswith("budget_")):
         for figure in ("p50_cpu_ms", "p50_ms", "mean_expansions"):
             name = f"{key.replace('_', ' ')}: {figure.replace('_', ' ')}"
-            cells.append([name, *(str(row[key][figure]) for row in rows)])
+            cells.append([name, *(_figure(row[key][figure]) for row in rows)])
     note = "`python -m benchmarks.serving.big_catalog`"
     return Table("A million items", note, cells)
 
@@ -207,17 +183,12 @@ def write_pages(folder: Path = HERE) -> None:
     """Write `report.html` and `README.md`."""
     found = tables(folder)
     intro = "Every figure here was measured by the commands it names; `make bench-serving` runs all of them."
-    write_text(
-        folder / "report.html",
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Serving benchmark</title>'
-        f"<style>{STYLE}</style><body><h1>Serving benchmark</h1><p>{escape(intro)}</p>"
-        f"{''.join(table.html() for table in found)}</body></html>\n",
-    )
+    write_text(folder / "report.html", page("Serving benchmark", intro, found, STYLE))
     texts = ["# Serving benchmark", intro, *(table.markdown() for table in found)]
     write_text(folder / "README.md", "\n\n".join(texts) + "\n")
 
 
-def _latency_plot(rows: Rows) -> str:
+def _plots(rows: Rows) -> list[str]:
     styles = {"worker": "pruned", "pooling": "full"}
     fresh = [row for row in rows if row["users"] == "fresh" and row["contender"] in styles]
     lines = [
@@ -231,7 +202,17 @@ def _latency_plot(rows: Rows) -> str:
         if any(row["contender"] == name for row in fresh)
     ]
     title = "Median latency against clients"
-    return line_chart(lines, title=title, x_label="clients", y_label="ms", log_x=True) if lines else ""
+    if not lines:
+        return []
+    chart = line_chart(lines, title=title, x_label="clients (logarithmic)", y_label="ms", log_x=True)
+    return [f"<figcaption>{title}</figcaption>{chart}"]
+
+
+def _figure(value: Any) -> str:
+    """Return a measured value, or the values of two runs."""
+    if isinstance(value, list):
+        return " and ".join(map(_figure, value))
+    return f"{value:,}"
 
 
 def _share(value: float | None) -> str:

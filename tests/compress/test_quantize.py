@@ -22,7 +22,7 @@ from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.golden import compute_golden, read_golden
 from models.search import SearchRequest
-from tests.compress.test_report import evidence  # noqa: F401 - a fixture
+from tests.compress.made_up import make_evidence
 from tests.tiny import make_tiny_recommender
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -149,7 +149,8 @@ def test_a_quantised_model_is_not_pruned(capsys, pair, tmp_path):
     assert "--quantize" in capsys.readouterr().err
 
 
-def test_reports_tell_quality_and_size(evidence, tmp_path):  # noqa: F811 - the fixture
+def test_reports_tell_quality_and_size(tmp_path):
+    evidence = make_evidence()
     assert "quantization" not in make_report(evidence)
     metrics = evidence.tests["pruned"]
     worse = metrics | {"ndcg@10": 0.0894}

@@ -5,14 +5,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from models.checkpoint import Recommender, load_model, read_recommender
-from models.golden import compute_golden
-from models.transformers_engine import TransformersEngine
+from models.checkpoint import Recommender, read_recommender
 from serve.access import Access
 from serve.app import Front, create_app
-from serve.batching import BatchLimits
 from serve.service import Loaded, Service
 from tests.serve.http import client_of, running, wait_until
+from tests.serve.loaded import KeptOpen, load
 from tests.tiny import make_tiny_recommender
 
 TOKEN = "correct horse"
@@ -29,26 +27,7 @@ def recommender(tmp_path_factory: pytest.TempPathFactory) -> Recommender:
 
 @pytest.fixture(scope="session")
 def loaded(recommender: Recommender) -> Loaded:
-    model = load_model(recommender)
-    return Loaded(
-        recommender=recommender,
-        engine=TransformersEngine(model, recommender.trie),
-        kind="transformers",
-        dtype="float32",
-        max_length=256,
-        kv_cache_bytes=0,
-        vllm=None,
-        golden=lambda: compute_golden(recommender, model),
-        limits=BatchLimits(requests=4, waiting=16, longest_wait_s=60.0),
-    )
-
-
-class KeptOpen(Service):
-    """A service whose engine outlives it: the session's tests share one."""
-
-    async def stop(self) -> None:
-        self._loaded = None
-        await super().stop()
+    return load(recommender)
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,11 @@ ROUTES = [
     ("PUT", "/catalog"),
     ("GET", "/model"),
     ("GET", "/metrics"),
-    ("GET", "/"),
+    ("POST", "/"),
+    ("PUT", "/"),
+    ("GET", "/%2F"),
+    ("GET", "/%2e"),
+    ("GET", "/page.html"),
     ("GET", "/docs"),
     ("GET", "/openapi.json"),
     ("GET", "/none"),
@@ -80,7 +84,7 @@ ROUTES = [
     ],
     ids=["none", "wrong", "empty", "basic", "bare"],
 )
-def test_every_route_but_health_asks_for_a_key(
+def test_every_route_but_health_and_the_page_asks_for_a_key(
     closed: httpx.Client, method: str, path: str, headers: dict[str, str]
 ) -> None:
     response = closed.request(method, path, headers=headers)
@@ -91,6 +95,24 @@ def test_every_route_but_health_asks_for_a_key(
 def test_health_is_open(closed: httpx.Client) -> None:
     assert closed.get("/health/live").status_code == 200
     assert closed.get("/health/ready").status_code == 200
+
+
+def test_the_page_is_open_and_tells_nothing_of_what_is_served(
+    closed: httpx.Client, client: httpx.Client
+) -> None:
+    page = closed.get("/")
+    assert page.status_code == 200
+    assert page.content == client.get("/").content, "the same as where there are no keys"
+    assert closed.get("/model", headers=ADMIN).json()["catalog_version"] not in page.text
+    assert closed.get("/", headers=bearing("wrong")).status_code == 200
+    policy = page.headers["content-security-policy"].split("; ")
+    # A key that is typed goes nowhere else, and nobody shows the page in a page of theirs.
+    assert {
+        "default-src 'none'",
+        "connect-src 'self'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    } <= set(policy)
 
 
 @pytest.mark.parametrize("secret", [*KEYS, TOKEN])
