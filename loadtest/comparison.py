@@ -1,7 +1,6 @@
 """The whole load test: deployments started, measured and stopped, reports written."""
 
 import importlib.util
-import signal
 import sys
 import tempfile
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from loadtest.deployment import Deployment, equal_kv_cache_bytes, started
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
 from loadtest.preparation import Preparation, log_header, prepare
+from loadtest.processes import interrupt_on_sigterm
 from loadtest.report import markdown
 from loadtest.request_log import save_log
 from loadtest.runner import Surroundings
@@ -52,7 +52,7 @@ def compare_deployments(arguments: Arguments) -> int:
         raise LeanRecError("Locust is not installed; install it with: pip install 'leanrec[loadtest]'")
     preparation = prepare(arguments)
     out, sides = preparation.out, Sides(deployments=dict(preparation.attached))
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     session = Session(plan=preparation.plan)
 
     def write(incomplete: str | None) -> dict[str, Any]:
@@ -99,7 +99,10 @@ def _run(
             rows=out / "requests",
             progress=progress,
             after_block=sides.sample_memory,
+            generator=preparation.generator,
         )
+        for line in preparation.generator.notices():
+            tqdm.write(line, file=sys.stderr)
         try:
             measure(session, surroundings, preparation.users)
         except LeanRecError as error:
@@ -172,8 +175,3 @@ def _progress_bar(expected_seconds: float) -> Iterator[Progress]:
             bar.refresh()
 
         yield show
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C, so that the deployments started here are stopped."""
-    raise KeyboardInterrupt
