@@ -45,9 +45,9 @@ class Generator:
                     f"--locust-bind {self.bind}: no such host ({error.strerror}); "
                     "give an address of this machine, or 0.0.0.0 for all"
                 ) from error
-            _check_free(f"--locust-bind {self.bind}", bind)
             if not is_loopback(bind.host):
                 _check_reachable(self.bind, targets)
+            _check_free(f"--locust-bind {self.bind}", bind)
         if self.page_port:
             _check_free(f"--web-ui {self.page_port}", Address(PAGE_HOST, self.page_port))
         return replace(self, bind=bind)

@@ -17,7 +17,7 @@ from threading import Thread
 import psutil
 import pytest
 
-from loadtest import blocks, parts, workload
+from loadtest import blocks, parts, session, workload
 from loadtest.address import Address
 from loadtest.blocks import BlockPlan, run_block
 from loadtest.deployment import Deployment, _free_port
@@ -112,7 +112,7 @@ def test_users_are_split_and_no_prompt_is_asked_twice(serve_stub, prompts, worke
 
 @pytest.mark.slow
 def test_the_open_loop_of_two_is_that_of_one(serve_stub, prompts, workers, tmp_path):
-    """At 1000 requests/s each needs more prompts than it began with, and the page is looked at."""
+    """At 1300 requests/s each needs more prompts than it began with, and the page is looked at."""
     log = tmp_path / "prompts.jsonl"
     generator = Generator(workers=2, bind=workers)
 
@@ -124,14 +124,14 @@ def test_the_open_loop_of_two_is_that_of_one(serve_stub, prompts, workers, tmp_p
         # One that is broken off leaves the workers free for the next.
         with pytest.raises(KeyboardInterrupt):
             run(running, prompts, tmp_path, Load(rate=40), generator, on_tick=interrupt, window_s=60)
-        time.sleep(1)
+        time.sleep(0.5)
         log.unlink()
         port = _free_port()
         with watched(port) as seen:
             generator = Generator(workers=2, bind=workers, page_port=port)
-            result = run(running, prompts, tmp_path, Load(rate=1000), generator, window_s=4.2)
+            result = run(running, prompts, tmp_path, Load(rate=1300), generator, window_s=3.2)
     check_shown(seen)
-    times = list(takewhile(lambda at: at < 4.5, workload.load(prompts).send_times(0, 1000)))
+    times = list(takewhile(lambda at: at < 3.5, workload.load(prompts).send_times(0, 1300)))
     assert len(times) > 2 * parts.PREPARED
     starts = sorted(float(row["start_s"]) for row in rows_of(tmp_path))
     assert starts == pytest.approx(times, abs=1e-5)
@@ -199,6 +199,18 @@ def test_workers_that_do_not_come_or_are_too_many(hanging_up, prompts, workers, 
 
 
 @pytest.mark.slow
+def test_workers_that_start_too_far_apart_are_refused(hanging_up, prompts, workers, tmp_path, monkeypatch):
+    """Nothing is close enough for a master that allows no time at all."""
+    strict = tmp_path / "strict.py"
+    strict.write_text(
+        "from loadtest import master\nmaster.MAX_START_SPREAD_S = 0\nfrom loadtest.locustfile import *\n"
+    )
+    monkeypatch.setattr(blocks, "LOCUSTFILE", strict)
+    with pytest.raises(LeanRecError, match=r"workers started up to 0\.\d+ s apart, and 0 s are allowed"):
+        run(hanging_up, prompts, tmp_path, Load(users=2), Generator(workers=2, bind=workers), window_s=60)
+
+
+@pytest.mark.slow
 def test_a_worker_of_another_version_is_refused(hanging_up, prompts, tmp_path):
     old = tmp_path / "old.py"
     old.write_text(
@@ -223,13 +235,14 @@ def test_a_worker_of_another_version_is_refused(hanging_up, prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_leaves_a_partial_report(serve_stub, data_folder, tmp_path, capsys):
+def test_a_worker_that_dies_leaves_a_partial_report(serve_stub, data_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(session, "AGREEMENT_PROMPTS", 10)
     address = Address("127.0.0.1", _free_port())
     out, log = tmp_path / "out", tmp_path / "prompts.jsonl"
 
     def kill_one(process):
-        # The first two hundred are for the agreement.
-        while not log.exists() or len(log.read_text().splitlines()) < 205:
+        # The first twenty are for the agreement.
+        while not log.exists() or len(log.read_text().splitlines()) < 25:
             time.sleep(0.05)
         for child in psutil.Process(process.pid).children():
             child.kill()
