@@ -6,6 +6,9 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
+REQUEST_TIMEOUT_S = 60.0
+"""How long an answer is waited for."""
+
 
 def problem_with(
     answer: Any,

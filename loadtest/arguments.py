@@ -9,7 +9,9 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from loadtest.address import parse_address, parse_port
 from loadtest.fail_if import Condition, parse_condition
+from loadtest.generator import LOOPBACK, Generator
 from loadtest.slo import Objective, parse_objective
 
 
@@ -35,6 +37,7 @@ class Arguments:
     objective: Objective | None
     price_per_hour: float | None
     fail_if: tuple[Condition, ...]
+    generator: Generator
     command: str
 
     @property
@@ -47,7 +50,8 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser = argparse.ArgumentParser(
         prog="loadtest",
         description="Compare the full and the pruned deployment under load: speed, memory, agreement.",
-        epilog="`loadtest compare A.json B.json` compares two saved runs. "
+        epilog="`loadtest compare A.json B.json` compares two saved runs; "
+        "`loadtest worker --master HOST[:PORT]` asks for a load test on another machine. "
         "exit codes: 0 measured, 1 failed (a partial report is kept) or a --fail-if holds, 2 wrong usage",
     )
     target = "recommender directory, served for the test, or URL of a running service"
@@ -131,11 +135,35 @@ def parse(argv: Sequence[str] | None) -> Arguments:
         metavar="CONDITION",
         help="exit with 1 if a figure of report.json is so, like 'speedup.p95<5'; may be given several times",
     )
+    parser.add_argument(
+        "--locust-workers",
+        type=_num_workers,
+        metavar="N",
+        help="let so many Locust workers ask, each started with `loadtest worker`, on any machine",
+    )
+    parser.add_argument(
+        "--locust-bind",
+        type=parse_address,
+        metavar="HOST[:PORT]",
+        help=f"with --locust-workers: where they reach this machine (default: {LOOPBACK}, for those on it)",
+    )
+    parser.add_argument(
+        "--web-ui",
+        type=parse_port,
+        nargs="?",
+        const=8089,
+        metavar="PORT",
+        help="show each block on Locust's page, on this port of 127.0.0.1 (8089 without a number)",
+    )
     options = vars(parser.parse_args(argv))
     words = list(argv) if argv is not None else sys.argv[1:]
     if options["price_per_hour"] is not None and options["objective"] is None:
         parser.error("argument --price-per-hour: needs --slo, which finds the rate that is paid for")
     options["fail_if"] = tuple(options["fail_if"])
+    workers, bind, page = (options.pop(name) for name in ("locust_workers", "locust_bind", "web_ui"))
+    if bind and not workers:
+        parser.error("argument --locust-bind: needs --locust-workers, which reach this machine there")
+    options["generator"] = Generator(workers=workers, bind=bind or LOOPBACK, page_port=page)
     return Arguments(**options, command=shlex.join(["loadtest", *words]))
 
 
@@ -152,6 +180,12 @@ def _parsed_by(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 def _num_users(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of users, 0 or more")
+    return int(text)
+
+
+def _num_workers(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of Locust workers, 1 to 1000")
     return int(text)
 
 

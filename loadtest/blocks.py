@@ -1,7 +1,6 @@
 """One block: Locust drives one deployment for a warm-up and a measured window."""
 
 import csv
-import os
 import sys
 import time
 from collections import Counter
@@ -12,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
+from loadtest.answers import REQUEST_TIMEOUT_S
 from loadtest.compare import Block
 from loadtest.deployment import Deployment, log_tail
+from loadtest.generator import ALONE, LOCUSTFILE, WORKERS_WAIT_S, Generator, environment_without_locust
 from loadtest.load import Load
 from loadtest.memory import cpu_seconds
-from loadtest.processes import child_process, kill
+from loadtest.parts import OUT_OF_PROMPTS_EXIT_CODE, WORKERS_EXIT_CODE
+from loadtest.processes import child_process, kill, terminate
 from models.errors import LeanRecError
 
-LOCUSTFILE = Path(__file__).with_name("locustfile.py")
-REQUEST_TIMEOUT_S = 60.0
-OUT_OF_PROMPTS_EXIT_CODE = 3
 LOCUST_START_S = 2.0
 """What Locust takes to come up and go, about; for the progress bar only."""
 
@@ -76,22 +75,29 @@ def run_block(
     on_tick: Callable[[], None],
     *,
     replayed: bool = False,
+    generator: Generator = ALONE,
 ) -> BlockRun:
     """Run one block and return what was measured; leaves `STEM.csv` and `STEM.log`.
 
     Args:
         on_tick: Called several times a second.
         replayed: Whether the prompts are those of a saved log.
+        generator: How Locust runs.
 
     Raises:
         DeploymentDiedError: the deployment went away meanwhile.
-        LeanRecError: Locust failed, or the data set has no fresh prompts left.
+        LeanRecError: Locust or one of its workers failed, or the data set has no fresh prompts left.
     """
-    rows, log = stem.with_suffix(".csv"), stem.with_suffix(".log")
+    rows, log, problem = (stem.with_suffix(suffix) for suffix in (".csv", ".log", ".problem"))
     pid = deployment.process.pid if deployment.process else None
     cpu_before = cpu_seconds(pid) if pid else None
     started_at = time.time()
-    exit_code = _run_locust(deployment, plan, workload=workload, rows=rows, log=log, on_tick=on_tick)
+    command = _command(deployment, plan, generator)
+    environment = _environment(plan, generator, workload=workload, rows=rows, problem=problem)
+    latest = time.monotonic() + plan.warmup_s + plan.window_s + REQUEST_TIMEOUT_S + 60
+    if generator.workers:
+        latest += WORKERS_WAIT_S
+    exit_code = _run_locust(deployment, command, environment, log=log, latest=latest, on_tick=on_tick)
     deployment.check_alive()
     if exit_code == OUT_OF_PROMPTS_EXIT_CODE:
         raise LeanRecError(
@@ -99,7 +105,10 @@ def run_block(
             if not replayed
             else "the replayed log has no requests left: this deployment is faster than the saved one"
         )
-    if exit_code != 0:
+    if exit_code == WORKERS_EXIT_CODE:
+        raise LeanRecError(problem.read_text(encoding="utf-8"))
+    # Locust counts it as no failure when its last worker leaves.
+    if exit_code != 0 or not rows.exists():
         raise LeanRecError(f"Locust ended with exit code {exit_code}{log_tail(log)}")
     found = read_rows(rows, plan)
     cpu_after = cpu_seconds(pid) if pid else None
@@ -150,36 +159,46 @@ def read_rows(path: Path, plan: BlockPlan) -> Rows:
     )
 
 
-def _run_locust(
-    deployment: Deployment,
-    plan: BlockPlan,
-    *,
-    workload: Path,
-    rows: Path,
-    log: Path,
-    on_tick: Callable[[], None],
-) -> int:
-    seconds = plan.warmup_s + plan.window_s
+def _command(deployment: Deployment, plan: BlockPlan, generator: Generator) -> list[str]:
     # -P: a file in the working directory must not stand in for one of Locust's modules.
-    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), "--headless"]
-    # In an open loop one Locust user sends the requests of all.
-    users = str(plan.load.users or 1)
-    command += ["--users", users, "--spawn-rate", users]
+    command = [sys.executable, "-P", "-m", "locust", "-f", str(LOCUSTFILE), *generator.options(plan.load)]
     command += ["--stop-timeout", str(ceil(REQUEST_TIMEOUT_S))]
-    command += ["--host", deployment.url, "--exit-code-on-error", "0", "--only-summary"]
-    # LOCUST_* of the caller's environment would change the run.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOCUST_")}
-    environment |= {
+    return [*command, "--host", deployment.url, "--exit-code-on-error", "0", "--only-summary"]
+
+
+def _environment(
+    plan: BlockPlan, generator: Generator, *, workload: Path, rows: Path, problem: Path
+) -> dict[str, str]:
+    environment = environment_without_locust() | {
         "LEANREC_WORKLOAD": str(workload.resolve()),
         "LEANREC_BLOCK": str(plan.number),
-        "LEANREC_SECONDS": str(seconds),
+        "LEANREC_SECONDS": str(plan.warmup_s + plan.window_s),
         "LEANREC_ROWS": str(rows.resolve()),
         "LEANREC_TIMEOUT": str(REQUEST_TIMEOUT_S),
     }
     if plan.load.rate is not None:
         environment["LEANREC_RATE"] = repr(plan.load.rate)
-    latest = time.monotonic() + seconds + REQUEST_TIMEOUT_S + 60
-    with child_process(command, log=log, stop=kill, environment=environment) as process:
+    if generator.workers:
+        environment |= {
+            "LEANREC_WORKERS": str(generator.workers),
+            "LEANREC_WAIT": str(WORKERS_WAIT_S),
+            "LEANREC_PROBLEM": str(problem.resolve()),
+        }
+    return environment
+
+
+def _run_locust(
+    deployment: Deployment,
+    command: list[str],
+    environment: Mapping[str, str],
+    *,
+    log: Path,
+    latest: float,
+    on_tick: Callable[[], None],
+) -> int:
+    # A master that is told to end tells its workers, which else would go on asking for a while.
+    stop = terminate if "LEANREC_WORKERS" in environment else kill
+    with child_process(command, log=log, stop=stop, environment=environment) as process:
         while (exit_code := process.poll()) is None:
             if deployment.process is not None and deployment.process.poll() is not None:
                 deployment.check_alive()

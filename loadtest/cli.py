@@ -11,6 +11,10 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["compare"]:
         return _compare(words[1:])
+    if words[:1] == ["worker"]:
+        from loadtest.worker import parse_worker, work
+
+        return work(parse_worker(words[1:]))
     arguments = parse(argv)
     # After parsing, so that --help comes at once.
     from loadtest.comparison import compare_deployments

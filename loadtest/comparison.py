@@ -1,7 +1,6 @@
 """The whole load test: deployments started, measured and stopped, reports written."""
 
 import importlib.util
-import signal
 import sys
 import tempfile
 import time
@@ -10,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +20,7 @@ from loadtest.empty import PROMPTS, EmptyEngine, make_empty, measure_empty
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
 from loadtest.preparation import Preparation, log_header, prepare
+from loadtest.processes import interrupt_on_sigterm
 from loadtest.report import markdown
 from loadtest.request_log import save_log
 from loadtest.runner import Surroundings
@@ -55,7 +55,7 @@ def compare_deployments(arguments: Arguments) -> int:
         raise LeanRecError("Locust is not installed; install it with: pip install 'leanrec[loadtest]'")
     preparation = prepare(arguments)
     out, sides = preparation.out, Sides(deployments=dict(preparation.attached))
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     session = Session(plan=preparation.plan)
 
     def write(incomplete: str | None) -> dict[str, Any]:
@@ -108,7 +108,10 @@ def _run(
                 rows=out / "requests",
                 progress=progress,
                 after_block=sides.sample_memory,
+                generator=preparation.generator,
             )
+            for line in preparation.generator.notices():
+                tqdm.write(line, file=sys.stderr)
             measure(session, surroundings, preparation.users)
             sides.empty = _beside_an_empty_engine(arguments, sides, preparation, progress)
         except LeanRecError as error:
@@ -215,8 +218,3 @@ def _progress_bar(expected_seconds: float) -> Iterator[Progress]:
             bar.refresh()
 
         yield show
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    """End on SIGTERM as on Ctrl-C, so that the deployments started here are stopped."""
-    raise KeyboardInterrupt

@@ -48,5 +48,5 @@ def check_lag(run: BlockRun) -> None:
     if problem:
         raise GeneratorLagError(
             f"{problem} ({run.plan.load} to the {run.deployment} deployment): "
-            "lower --rate, or run the load test on a machine with free cores"
+            "lower --rate, run the load test on a machine with free cores, or with --locust-workers"
         )

@@ -11,6 +11,7 @@ from loadtest.arguments import Arguments
 from loadtest.deployment import Deployment, attached, is_url
 from loadtest.example import example_report
 from loadtest.fail_if import check_paths
+from loadtest.generator import Generator
 from loadtest.inputs import (
     digest,
     make_test_users,
@@ -47,6 +48,7 @@ class Preparation:
     known: Mapping[str, Any]
     """parts of the report: `settings`, `quality`, `machine`, `versions`"""
     out: Path
+    generator: Generator
 
 
 def prepare(arguments: Arguments) -> Preparation:
@@ -57,6 +59,7 @@ def prepare(arguments: Arguments) -> Preparation:
         LeanRecError: one that cannot be read, or a directory that cannot be written.
     """
     targets = arguments.targets
+    generator = arguments.generator.check(targets)
     described = {name: read_description(name, Path(t)) for name, t in targets.items() if not is_url(t)}
     running = {name: attached(name, t) for name, t in targets.items() if is_url(t)}
     data = arguments.data or trained_on(described.values())
@@ -98,6 +101,7 @@ def prepare(arguments: Arguments) -> Preparation:
         attached=running,
         known=known,
         out=out,
+        generator=generator,
     )
 
 
@@ -141,6 +145,7 @@ def _settings(arguments: Arguments, data: str, plan: Plan, workload: Workload) -
         "window_seconds": plan.window_s,
         "warmup_seconds": WARMUP_S,
         "returning": arguments.returning,
+        "locust_workers": arguments.generator.workers,
         "replay": str(arguments.replay) if arguments.replay else None,
         "seed": arguments.seed,
         "objective": arguments.objective.text if arguments.objective else None,

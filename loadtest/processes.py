@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any, NoReturn
 
 Process = subprocess.Popen[bytes]
+TERMINATE_TIMEOUT_S = 5.0
 
 
 @contextmanager
@@ -39,6 +41,24 @@ def child_process(
     finally:
         if process is not None:
             stop(process)
+
+
+def terminate(process: Process) -> None:
+    """Ask a process to end, and end it where it does not."""
+    if process.poll() is None:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(TERMINATE_TIMEOUT_S)
+    kill(process)
+
+
+def interrupt_on_sigterm() -> None:
+    """End on SIGTERM as on Ctrl-C, so that what was started here is stopped."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def kill(process: Process) -> None:

