@@ -16,7 +16,8 @@ def tiles(report: Mapping[str, Any]) -> str:
     found = [(f"p95 with {load}", *_ratio(ratios, "p95", "as fast"))]
     if load.users is not None:  # at a rate both answer what is sent
         found.append((f"requests/s with {load}", *_ratio(ratios, "throughput", "as many")))
-    found.append(("weights", *_share(report, "weights_bytes")))
+    if all(report["deployments"][name]["weights_bytes"] for name in ("full", "pruned")):
+        found.append(("weights", *_share(report, "weights_bytes")))
     if ratios["memory"] is not None:
         found.append(("peak memory", f"{1 / ratios['memory']:.0%}", "of the full one's"))
     found += _capacity(report["capacity"])
