@@ -183,8 +183,15 @@ def test_ready_with_all_and_gone_with_one(recommender: Recommender, tmp_path: Pa
 
 @real()
 def test_replicas_end_with_their_parent(recommender: Recommender, tmp_path: Path) -> None:
-    with replicas(recommender.directory, tmp_path / "log") as service:
+    with replicas(recommender.directory, tmp_path / "log", "--metrics-port", "0") as service:
         service.wait_ready()
+        # The port for metrics tells those of all.
+        port = service.log.read_text().partition("metrics on http://127.0.0.1:")[2].split()[0]
+        with client_of(f"http://127.0.0.1:{port}") as http:
+            families = list(text_string_to_metric_families(http.get("/metrics").text))
+        ready = next(family for family in families if family.name == "leanrec_ready")
+        assert {s.labels["replica"]: s.value for s in ready.samples} == {"0": 1.0, "1": 1.0}
+        assert service.ask("GET", "/metrics").status_code == 404
         service.process.kill()
         assert service.none_left()
 
