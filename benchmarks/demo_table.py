@@ -40,15 +40,28 @@ def _quality(compression: Mapping[str, Any]) -> list[Row]:
     rows: list[Row] = []
     for metric in ("hr@10", "ndcg@10"):
         cells = [with_interval(test[metric], test["ci95"][metric], 4) for test in tests]
-        kept = compression["retained"][metric]
-        rows.append((metric.upper(), *cells, "no ratio to 0" if kept is None else f"{kept:.1%} kept"))
+        rows.append((metric.upper(), *cells, _kept(compression["compared"][metric])))
     return rows
+
+
+def _kept(compared: Mapping[str, Any]) -> str:
+    """Return what the pruned model keeps user by user."""
+    if compared["retained"] is None:
+        return "no ratio to 0"
+    interval = compared["retained_ci95"]
+    stated = f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else ""
+    return f"{compared['retained']:.1%}{stated} kept"
 
 
 def _memory(load_test: Mapping[str, Any]) -> list[Row]:
     sides = [load_test["deployments"][side] for side in SIDES]
     rows: list[Row] = []
-    for label, key in (("memory of all processes, peak", "pss_bytes"), ("GPU memory, peak", "gpu_bytes")):
+    shown = {
+        "memory of all processes, peak": "pss_bytes",
+        "memory above an empty engine": "above_empty_bytes",
+        "GPU memory, peak": "gpu_bytes",
+    }
+    for label, key in shown.items():
         full, pruned = (side["memory"].get(key) for side in sides)
         if full and pruned:
             rows.append((label, mib(full), mib(pruned), f"{pruned / full:.1%}"))

@@ -41,7 +41,10 @@ COMPRESSION = {
             "test": {"ndcg@10": 0.06, "hr@10": 0.12, "ci95": {"hr@10": [0.1, 0.14], "ndcg@10": [0.05, 0.07]}}
         },
     },
-    "retained": {"hr@10": 0.75, "ndcg@10": 0.75},
+    "compared": {
+        "hr@10": {"retained": 0.75, "retained_ci95": [0.65, 0.86]},
+        "ndcg@10": {"retained": None, "retained_ci95": None},
+    },
 }
 LOAD_TEST = {
     "deployments": {"full": _deployment(1000), "pruned": _deployment(800)},
@@ -67,8 +70,12 @@ def test_the_table_tells_every_figure_of_the_two_reports():
     assert table["parameters"] == ["2,000,000", "480,000", "24.0%"]
     assert table["parameters without embeddings"] == ["1,600,000", "80,000", "5.0%"]
     assert table["weights"] == ["8.0 MiB", "2.0 MiB", "25.0%"]
-    assert table["HR@10"] == ["0.1600 [0.1400, 0.1800]", "0.1200 [0.1000, 0.1400]", "75.0% kept"]
-    assert table["NDCG@10"][2] == "75.0% kept"
+    assert table["HR@10"] == [
+        "0.1600 [0.1400, 0.1800]",
+        "0.1200 [0.1000, 0.1400]",
+        "75.0% [65.0%, 86.0%] kept",
+    ]
+    assert table["NDCG@10"][2] == "no ratio to 0"
     assert table["memory of all processes, peak"] == ["1,000.0 MiB", "800.0 MiB", "80.0%"]
     assert table["requests/s, 1 user"] == [
         "10.0 [9.0, 11.0]",
