@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from loadtest import results, workload
 from loadtest.arguments import Arguments
 from loadtest.deployment import Deployment, equal_kv_cache_bytes, started
-from loadtest.empty import PROMPTS, EmptyEngine, make_empty, measure_empty
+from loadtest.empty import EmptyEngine, make_empty, measure_empty
 from loadtest.memory import MemoryWatch
 from loadtest.page import render
 from loadtest.preparation import Preparation, log_header, prepare
@@ -113,7 +112,6 @@ def _run(
             for line in preparation.generator.notices():
                 tqdm.write(line, file=sys.stderr)
             measure(session, surroundings, preparation.users)
-            sides.empty = _beside_an_empty_engine(arguments, sides, preparation, progress)
         except LeanRecError as error:
             return write(str(error))
         except KeyboardInterrupt:
@@ -155,6 +153,7 @@ def _start(
         )
         if name in sides.watches:
             sides.watches[name].ready()
+    sides.empty = _beside_an_empty_engine(arguments, sides, preparation, progress)
     sides.sample_memory()
 
 
@@ -163,7 +162,7 @@ def _beside_an_empty_engine(
 ) -> EmptyEngine | None:
     """Start an engine with next to no model for a moment, and return what the deployments take above it.
 
-    After the load: they have allocated what they need by then. None where both run elsewhere.
+    None where both run elsewhere.
     """
     served_here = {name: d for name, d in sides.deployments.items() if d.process is not None}
     if not served_here:
@@ -178,11 +177,10 @@ def _beside_an_empty_engine(
             make_empty(like, Path(folder) / "empty"),
             kv_cache_bytes=kv_cache_bytes,
             log=preparation.out / "logs" / "serve-empty.log",
-            on_wait=lambda pid: progress("starting an empty engine", 1.0),
+            on_wait=lambda pid: progress("starting an empty engine", 0.0),
         ) as empty,
     ):
-        prompts = list(islice(preparation.workload.prompts(0), PROMPTS))
-        return measure_empty(empty, served_here.values(), prompts)
+        return measure_empty(empty, served_here.values())
 
 
 def _save_requests(path: Path, preparation: Preparation, session: Session) -> None:

@@ -1,17 +1,12 @@
 """An engine with next to no model: what a deployment takes whatever it serves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from loadtest import http_json
 from loadtest.deployment import Deployment
 from loadtest.memory import Sample, read
 from models.errors import LeanRecError
-
-K = 10
-PROMPTS = 32
-"""Asked of it before memory is read: what is allocated at the first requests is there by then"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +54,15 @@ def make_empty(like: Path, directory: Path) -> Path:
     return directory
 
 
-def measure_empty(
-    empty: Deployment, others: Iterable[Deployment], prompts: Sequence[Sequence[str]]
-) -> EmptyEngine:
-    """Let the empty engine answer, and return what it takes and what the others take above it.
+def measure_empty(empty: Deployment, others: Iterable[Deployment]) -> EmptyEngine:
+    """Return what the empty engine takes and what the others take above it.
+
+    All are just ready: they have answered their golden prompts, and hardly touched their KV caches.
 
     Raises:
-        LeanRecError: one of them does not answer, or memory cannot be read here.
+        LeanRecError: memory cannot be read here.
     """
     beside = [deployment for deployment in others if deployment.process is not None]
-    for history in prompts[:PROMPTS]:
-        try:
-            http_json.post(f"{empty.url}/recommend", {"history": history, "k": K})
-        except http_json.NoAnswerError as error:
-            raise LeanRecError(f"the empty engine gives no recommendations: {error}") from error
     samples = {d.name: read(d.process.pid) for d in (empty, *beside) if d.process is not None}
     sample = samples[empty.name]
     if sample is None:

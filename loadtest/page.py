@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from loadtest.differing import differing_users
-from loadtest.empty import PROMPTS
 from loadtest.load import load_of
 from loadtest.plots import Line, Stack, line_chart, stacked_bars
 from loadtest.report import SIDES, capacity_table, load_table, memory_table, quality_table, with_interval
@@ -34,8 +33,8 @@ def render(report: Mapping[str, Any]) -> str:
         '<p class="note">PSS counts a page shared by several processes, also by those of the other '
         "deployment that runs beside it, in equal parts; RSS counts it in full in each. PSS is read between "
         "the blocks, with both up. The KV cache is set by hand, equal in both. Above an empty engine: what "
-        "each took more, after its load, than a deployment of a one-layer model with the same catalogue and "
-        f"KV cache after {PROMPTS} requests, all read at one moment.</p>",
+        "each took more, when it was ready, than a deployment of a one-layer model with the same catalogue "
+        "and KV cache, all read at one moment.</p>",
         f'<div class="plots">{_memory_plot(report["deployments"])}</div>',
         "<h2>Quality</h2>",
         _table(quality_table(report)),

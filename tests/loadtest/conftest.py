@@ -2,7 +2,6 @@
 
 import json
 import random
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import pytest
 
 from loadtest import comparison, deployment
 from loadtest.deployment import Deployment
+from tests.loadtest.empty_stub import make_empty
 
 ITEM_IDS = [f"item-{number}" for number in range(60)]
 
@@ -41,13 +41,6 @@ def make_stub(tmp_path: Path, data_folder: Path, monkeypatch: pytest.MonkeyPatch
     """Return a function that makes a directory which the stub server serves."""
     command = (sys.executable, str(Path(__file__).with_name("stub_server.py")))
     monkeypatch.setattr(deployment, "SERVE_COMMAND", command)
-
-    def make_empty(like: Path, directory: Path) -> Path:
-        shutil.copytree(like, directory)
-        stub = json.loads((like / "stub.json").read_text())
-        kept = {name: stub[name] for name in ("name", "item_ids")}
-        (directory / "stub.json").write_text(json.dumps(kept | {"delay_ms": 0, "weights_bytes": 1024}))
-        return directory
 
     monkeypatch.setattr(comparison, "make_empty", make_empty)
 

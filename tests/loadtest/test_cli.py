@@ -284,7 +284,8 @@ def test_a_deployment_that_answers_wrongly_from_the_start(make_stub, tmp_path, c
 @pytest.mark.slow
 def test_sigterm_stops_what_was_started(stubs, tmp_path):
     script = (
-        "import sys; from loadtest import deployment, cli;"
+        "import sys; from loadtest import comparison, deployment, cli;"
+        "from tests.loadtest.empty_stub import make_empty; comparison.make_empty = make_empty;"
         f"deployment.SERVE_COMMAND = {session_command()!r}; cli.run()"
     )
     sides = ["--full", str(stubs[0]), "--pruned", str(stubs[1])]
