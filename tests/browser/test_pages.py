@@ -11,9 +11,6 @@ from tests.browser.layout import faults, headless_tables, measure
 from tests.browser.reports import COMMITTED, MADE_UP, ROOT
 
 WIDE, NARROW = 1280, 400
-OLDER = pytest.mark.xfail(
-    reason="made before pages were drawn for phones; the next demo makes it anew", strict=False
-)
 
 
 @pytest.fixture(scope="session")
@@ -42,10 +39,7 @@ def test_a_page_asks_nothing_of_the_network_and_fits_any_width(
     assert requests(browser) == [address]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [*MADE_UP, *(pytest.param(name, marks=OLDER if "compression" in name else ()) for name in COMMITTED)],
-)
+@pytest.mark.parametrize("name", [*MADE_UP, *COMMITTED])
 def test_a_page_is_drawn_well(browser: WebDriver, written: dict[str, Path], name: str) -> None:
     browser.get(written[name].as_uri())
     wide = measure(browser)
