@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from models.errors import LeanRecError
+from models.template import compile_template
 from models.title_tokens import TitleTokens
 
 STREAM_TEMPLATE = "{% for title in history %}{{ title }}\n{% endfor %}"
@@ -66,10 +65,8 @@ class Prompter:
         self.config = config
         self.titles = titles
         self._title_tokens = title_tokens
-        sandbox = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
-        sandbox.globals.clear()  # loops go over the history, not over a range of any length
         try:
-            self._template = sandbox.from_string(config.template)
+            self._template = compile_template(config.template)
             self._template.render(history=["a", "b"])
         except Exception as error:  # a template's own faults too, as a division by zero
             raise LeanRecError(f"prompt.template: not a valid template ({error})") from error

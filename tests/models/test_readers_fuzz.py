@@ -18,6 +18,7 @@ from models.errors import LeanRecError
 from models.golden import Golden
 from models.index import UnusableIndexError, load_index
 from models.prompt import PromptConfig, Prompter
+from models.template import compile_template
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -191,8 +192,35 @@ def test_a_small_file_of_many_rows_is_not_unpacked() -> None:
         "{{ nothing }}",
         "{% for",
         "{{ history | nothing }}",
+        # Each would take for ever, or all memory.
+        "{% for a in history %}{% for b in history %}x{% endfor %}{% endfor %}",
+        "{% for a in history recursive %}{{ a }}{% endfor %}",
+        "{{ 'x' * 10000000000 }}",
+        "{{ 2 ** 100000000 }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ ''.ljust(10000000000) }}",
+        "{{ 'x' | center(10000000000) }}",
+        "{% set x = 'xx' %}" + "{% set x = x ~ x %}" * 40,
+        "{{ 'x' | join('ab') | join('ab') }}",
+        "{{ history | join(history | join(', ')) }}",
+        "{{ history | replace('a', 'aa') }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "x" * 100_000,
     ],
 )
 def test_a_template_can_do_nothing_but_write_the_history(template: str) -> None:
     with pytest.raises(LeanRecError, match=r"prompt\.template"):
         Prompter(None, PromptConfig(template=template), [])
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        ("{{ history | join(', ') }}\nNext: ", "a, b\nNext: "),
+        ("{% for t in history %}{{ loop.index + 1 }}. {{ t | trim }}\n{% endfor %}", "2. a\n3. b\n"),
+        ("{% if history | length > 1 %}{{ history[1:] | last ~ '!' }}{% else %}-{% endif %}", "b!"),
+        ("{% for t in history | reverse %}{{ t if not loop.last else '.' }}{% endfor %}", "b."),
+    ],
+)
+def test_what_prompts_need_is_there(template: str, written: str) -> None:
+    assert compile_template(template).render(history=["a", "b"]) == written
