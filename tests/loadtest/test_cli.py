@@ -65,7 +65,7 @@ def test_the_report_says_what_was_measured(stubs, data_folder, tmp_path, capsys)
     }
     (stubs[1] / "report.json").write_text(json.dumps(quality))
     # The second condition holds: there is one core at least.
-    conditions = ("--fail-if", "speedup.p50<1", "--fail-if", "machine.cores>=1")
+    conditions = ("--fail-if", "speedup.p50<0", "--fail-if", "machine.cores>=1")
     sides = ("--full", stubs[0], "--pruned", stubs[1])
     code = run(*sides, "--users", "2", "--seconds", "1", *conditions, "--out", out)
     assert code == 1
@@ -90,9 +90,10 @@ def test_the_report_says_what_was_measured(stubs, data_folder, tmp_path, capsys)
         assert level[side]["failures"] == 0
         assert level[side]["requests_per_second"] > 0
         assert 0 < level[side]["latency_ms"]["p50"] <= level[side]["latency_ms"]["p95"]
-    # 20 ms and 4 ms of waiting: the pruned one is faster however busy this machine is.
-    assert report["speedup"]["p50"] > 1
-    assert report["speedup"]["throughput"] > 1
+    # One pair of blocks: its own ratios, however busy this machine is.
+    p50, rates = ([level[side][key] for side in SIDES] for key in ("latency_ms", "requests_per_second"))
+    assert report["speedup"]["p50"] == pytest.approx(p50[0]["p50"] / p50[1]["p50"])
+    assert report["speedup"]["throughput"] == pytest.approx(rates[1] / rates[0])
     assert report["speedup"]["ci95"]["p50"] is None
     assert 0 <= report["agreement"]["top1"] <= report["agreement"]["overlap@10"] + 1
     assert report["quality"]["retained"]["ndcg@10"] == 1.0
