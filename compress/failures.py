@@ -13,7 +13,7 @@ from models.errors import LeanRecError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_WORDS = ("No space left", "Disk quota", "File too large", "requested and")
 """The last is numpy's: it tells bytes and no error number"""
-_TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter")
+_TORCH_WRITER = ("unexpected pos", "PytorchStreamWriter")
 _TORCH_MEMORY = "can't allocate memory"
 _GO_ON = "run the same command again: it goes on from the last finished step"
 

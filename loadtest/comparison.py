@@ -153,22 +153,16 @@ def _start(
         )
         if name in sides.watches:
             sides.watches[name].ready()
-    sides.empty = _beside_an_empty_engine(arguments, sides, preparation, progress)
+    if to_start:
+        like = to_start.get("pruned") or to_start["full"]
+        sides.empty = _beside_an_empty_engine(like, kv_cache_bytes, sides, logs, progress)
     sides.sample_memory()
 
 
 def _beside_an_empty_engine(
-    arguments: Arguments, sides: Sides, preparation: Preparation, progress: Progress
+    like: Path, kv_cache_bytes: int, sides: Sides, logs: Path, progress: Progress
 ) -> EmptyEngine | None:
-    """Start an engine with next to no model for a moment, and return what the deployments take above it.
-
-    None where both run elsewhere.
-    """
-    served_here = {name: d for name, d in sides.deployments.items() if d.process is not None}
-    if not served_here:
-        return None
-    like = Path(arguments.targets["pruned" if "pruned" in served_here else "full"])
-    kv_cache_bytes = next(iter(served_here.values())).model["kv_cache_bytes"]
+    """Start an engine with next to no model for a moment, and return what the deployments take above it."""
     tqdm.write("starting an empty engine, to tell the models' own memory", file=sys.stderr)
     with (
         tempfile.TemporaryDirectory(prefix="loadtest-empty-") as folder,
@@ -176,11 +170,11 @@ def _beside_an_empty_engine(
             "empty",
             make_empty(like, Path(folder) / "empty"),
             kv_cache_bytes=kv_cache_bytes,
-            log=preparation.out / "logs" / "serve-empty.log",
+            log=logs / "serve-empty.log",
             on_wait=lambda pid: progress("starting an empty engine", 0.0),
         ) as empty,
     ):
-        return measure_empty(empty, served_here.values())
+        return measure_empty(empty, sides.deployments.values())
 
 
 def _save_requests(path: Path, preparation: Preparation, session: Session) -> None:

@@ -1,6 +1,7 @@
 """A deployment under test: started here and stopped again, or attached to by its URL."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ STOP_TIMEOUT_S = 40.0
 SIZES = ("weights_bytes", "kv_cache_bytes")
 """What a service with an API key tells only who bears the administrator's token"""
 LOG_TAIL_LINES = 20
+SECRETS = ("LEANREC_API_KEY", "LEANREC_ADMIN_TOKEN")
 TOKENS_PER_USER = 1024
 MIN_USERS = 4
 MIN_KV_CACHE_BYTES = 128 << 20
@@ -91,7 +93,9 @@ def started(
     command += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with child_process(command, log=log, stop=_stop) as process:
+    # It listens on loopback for this test alone, which is to see all it tells: it asks for no secret.
+    environment = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    with child_process(command, log=log, stop=_stop, environment=environment) as process:
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(name, url, process, log, on_wait)
         seconds = time.perf_counter() - began

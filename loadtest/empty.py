@@ -6,7 +6,6 @@ from pathlib import Path
 
 from loadtest.deployment import Deployment
 from loadtest.memory import Sample, read
-from models.errors import LeanRecError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,25 +21,23 @@ class EmptyEngine:
 def make_empty(like: Path, directory: Path) -> Path:
     """Write a recommender of one very small layer with a recommender's catalogue and tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from models.checkpoint import read_recommender, write_recommender
+    from models.presets import Preset, new_model
 
     recommender = read_recommender(like)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=recommender.config.vocab_size,
+    smallest = Preset(
         hidden_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
         head_dim=64,
         intermediate_size=64,
-        max_position_embeddings=recommender.config.max_position_embeddings,
-        tie_word_embeddings=True,
-        dtype=recommender.config.dtype,
+        vocabulary=len(recommender.tokenizer),
+        max_history=recommender.prompt.max_history,
     )
-    model = LlamaForCausalLM(config)
+    model = new_model(smallest, recommender.tokenizer, recommender.config.max_position_embeddings)
     if isinstance(recommender.config.dtype, torch.dtype):
         model = model.to(recommender.config.dtype)
     write_recommender(
@@ -54,19 +51,16 @@ def make_empty(like: Path, directory: Path) -> Path:
     return directory
 
 
-def measure_empty(empty: Deployment, others: Iterable[Deployment]) -> EmptyEngine:
-    """Return what the empty engine takes and what the others take above it.
+def measure_empty(empty: Deployment, others: Iterable[Deployment]) -> EmptyEngine | None:
+    """Return what the empty engine takes and what the others take above it; None where memory is not told.
 
     All are just ready: they have answered their golden prompts, and hardly touched their KV caches.
-
-    Raises:
-        LeanRecError: memory cannot be read here.
     """
     beside = [deployment for deployment in others if deployment.process is not None]
     samples = {d.name: read(d.process.pid) for d in (empty, *beside) if d.process is not None}
     sample = samples[empty.name]
     if sample is None:
-        raise LeanRecError("the empty engine's memory cannot be read")
+        return None
     return EmptyEngine(
         sample=sample,
         weights_bytes=empty.model["weights_bytes"],

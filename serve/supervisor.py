@@ -1,6 +1,7 @@
 """Word to systemd: that the service is ready, and again and again that its event loop runs."""
 
 import asyncio
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from collections.abc import Callable
 ADDRESS = "NOTIFY_SOCKET"
 WATCHDOG = "WATCHDOG_USEC"
 STEP_S = 0.5
+
+logger = logging.getLogger(__name__)
 
 
 async def tell_supervisor(is_ready: Callable[[], bool], environment: dict[str, str] | None = None) -> None:
@@ -28,14 +31,18 @@ async def tell_supervisor(is_ready: Callable[[], bool], environment: dict[str, s
     told = False
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.setblocking(False)
-        channel.connect(address)
+        heard = True
         while True:
             lines = ["WATCHDOG=1"]
             if is_ready() and not told:
                 lines.append("READY=1")
                 told = True
             try:
-                channel.send("\n".join(lines).encode())
-            except BlockingIOError:  # it reads slowly; the next word will do
+                channel.sendto("\n".join(lines).encode(), address)
+                heard = True
+            except OSError as error:  # it reads slowly, or is being started anew; the next word will do
                 told = False
+                if heard:
+                    logger.warning("the supervisor at %s does not listen: %s", ADDRESS, error)
+                heard = False
             await asyncio.sleep(step_s)

@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--kv-cache-memory-bytes", type=int, required=True)
     options = parser.parse_args()
     stub = json.loads((options.model / "stub.json").read_text())
+    if "variables" in stub:
+        Path(stub["variables"]).write_text("\n".join(os.environ))
     if "refuse" in stub:
         sys.exit(stub["refuse"])
     app = make_app(stub, options.kv_cache_memory_bytes)

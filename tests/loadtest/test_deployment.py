@@ -17,6 +17,16 @@ from loadtest.deployment import DeploymentDiedError, attached, equal_kv_cache_by
 from models.errors import LeanRecError
 
 
+def test_what_is_started_here_asks_for_no_secret(serve_stub, tmp_path, monkeypatch):
+    """Else it would hide from the load test what only its administrator is told."""
+    for name in ("LEANREC_API_KEY", "LEANREC_ADMIN_TOKEN"):
+        monkeypatch.setenv(name, "secret")
+    with serve_stub("full", variables=str(tmp_path / "variables")):
+        given = (tmp_path / "variables").read_text().split()
+    assert "PATH" in given
+    assert not {"LEANREC_API_KEY", "LEANREC_ADMIN_TOKEN"} & {*given}
+
+
 def test_a_started_deployment_answers_and_is_gone_afterwards(serve_stub):
     with serve_stub("full") as running:
         assert running.model["kv_cache_bytes"] == 8 << 20

@@ -33,5 +33,24 @@ def test_it_is_told_once_of_readiness_and_often_of_life(kind, tmp_path):
     assert all(b"WATCHDOG=1" in message for message in then)
 
 
+def test_a_supervisor_that_is_started_anew_is_told_again(tmp_path, caplog):
+    name = str(tmp_path / "notify")
+
+    async def scenario():
+        told = asyncio.create_task(
+            tell_supervisor(lambda: True, {"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "20000"})
+        )
+        while "does not listen" not in caplog.text:
+            await asyncio.sleep(0.01)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as supervisor:
+            supervisor.bind(name)
+            supervisor.setblocking(False)
+            message = await asyncio.get_running_loop().sock_recv(supervisor, 100)
+        told.cancel()
+        return message
+
+    assert asyncio.run(asyncio.wait_for(scenario(), 60)) == b"WATCHDOG=1\nREADY=1"
+
+
 def test_without_a_supervisor_nothing_is_told():
     asyncio.run(asyncio.wait_for(tell_supervisor(lambda: True, {}), 10))
