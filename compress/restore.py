@@ -26,6 +26,7 @@ from compress.rows import RestorationRows, collate
 from compress.teacher import TeacherStates
 from compress.work import check_digests, damaged, digests
 from models.atomic import write_json
+from models.compiled import as_written, compile_layers
 from models.errors import LeanRecError
 from models.finetune import final_hidden
 from models.losses import ValidTokens
@@ -100,8 +101,10 @@ def restore(
     checkpoint = _last_checkpoint(directory)
     arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
+    student = _load(start)
+    compile_layers(student, steps=arguments.max_steps, device=settings.device)
     trainer = DistillationTrainer(
-        model=_load(start),
+        model=student,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=dataset,  # Trainer wants one; `evaluate` does not read it
@@ -265,7 +268,8 @@ class DistillationTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
-        nll = self._validate(model)
+        with as_written():
+            nll = self._validate(model)
         first = next((entry["eval_nll"] for entry in self.state.log_history if "eval_nll" in entry), nll)
         if not nll <= DIVERGED * max(first, self._guess):
             self._stop(f"the validation NLL is {nll:.3g}, {first:.3g} at the start")

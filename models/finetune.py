@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from models.catalog import Catalog
 from models.checkpoint import Recommender, read_recommender, write_recommender
+from models.compiled import as_written, compile_layers
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
 from models.families import check_supported
@@ -171,6 +172,7 @@ def _trainer(
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not cuda:
         raise UsageError("device cuda: no CUDA device is available; use --device cpu")
+    compile_layers(model, steps=steps_per_epoch * epochs, device="cuda" if cuda else "cpu")
     return RecommenderTrainer(
         recommender=recommender,
         data=data,
@@ -268,7 +270,7 @@ class RecommenderTrainer(Trainer):
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
         """Return the negative log-likelihood of the next item on validation users, nats."""
         engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
-        with self.autocast_smart_context_manager():
+        with as_written(), self.autocast_smart_context_manager():
             found = engine.log_probability(self.prompts, self.users.targets.tolist())
         metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
         self.log(metrics)

@@ -60,9 +60,9 @@ class Asked:
 
     def is_answered(self) -> bool:
         """Return whether `results.json` has its row."""
-        asked = (self.chosen.name, self.recipe, self.target, self.seed)
+        asked = (self.chosen.name, self.chosen.base, self.recipe, self.target, self.seed)
         return any(
-            asked == (row["data"], row["recipe"], row["target"], row["seed"])
+            asked == tuple(row[name] for name in ("data", "base", "recipe", "target", "seed"))
             and self.tokens in (None, row["restoration_tokens"])
             for row in read_rows()
         )
@@ -76,7 +76,7 @@ def full_model(chosen: Set, data: str) -> Path:
         FinetuneConfig(
             base=chosen.base,
             data=data,
-            out=RUNS / chosen.name / "full",
+            out=RUNS / (chosen.label or chosen.name) / "full",
             epochs=chosen.epochs,
             learning_rate=chosen.learning_rate,
             max_history=chosen.max_history,
@@ -87,7 +87,8 @@ def full_model(chosen: Set, data: str) -> Path:
 def _answer(asked: Asked, root: Path) -> None:
     if asked.is_answered():
         return
-    chosen, folder = asked.chosen, RUNS / asked.chosen.name
+    chosen = asked.chosen
+    folder = RUNS / (chosen.label or chosen.name)
     data = BUILT_IN if chosen.name == BUILT_IN else str(root / chosen.name)
     model = full_model(chosen, data)
     out = folder / f"{asked.recipe}-{asked.target.removesuffix('%')}-{asked.seed}-{asked.budget}"

@@ -38,9 +38,7 @@ def write_pages() -> None:
     """Write both pages."""
     rows = read_rows()
     rows += _baselines(rows)
-    by_data: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_data[row["data"]].append(row)
+    by_data = _by_full_model(rows)
     tables = [_summary(by_data)]
     for data, found in sorted(by_data.items()):
         tables.append(_quality_table(data, found))
@@ -56,6 +54,19 @@ def write_pages() -> None:
     body = "\n\n".join(table.markdown() for table in shown)
     write_text(HERE / "README.md", f"# Quality benchmark\n\n{intro}\n\n{body}\n")
     write_text(HERE / "report.html", page("Quality benchmark", intro, shown, STYLE))
+
+
+def _by_full_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each data set and full model; what needs no full model is in each of its data's."""
+    bases: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.get("base"):
+            bases[row["data"]].add(row["base"])
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        for base in [row["base"]] if row.get("base") else sorted(bases[row["data"]]) or [None]:
+            found[f"{row['data']}, {base}" if base else row["data"]].append(row)
+    return found
 
 
 def _baselines(rows: Sequence[Row]) -> list[Row]:
@@ -160,7 +171,9 @@ def _full_table(data: str, rows: Sequence[Row]) -> Table:
 
 def _summary(by_data: Mapping[str, Sequence[Row]]) -> Table:
     """Return what the default keeps on every data set."""
-    cells = [["Data", "Target", "Tokens", "Seeds", "HR@10 kept", "NDCG@10 kept", "NDCG@10: LeanRec"]]
+    cells = [
+        ["Data, full model", "Target", "Tokens", "Seeds", "HR@10 kept", "NDCG@10 kept", "NDCG@10: LeanRec"]
+    ]
     cells[0] += ["Full", "SASRec", "Bigram", "Random, distilled"]
     for data, rows in sorted(by_data.items()):
         groups = _groups(rows)
@@ -192,13 +205,13 @@ def _summary(by_data: Mapping[str, Sequence[Row]]) -> Table:
 def _cost_table(rows: Sequence[Row]) -> Table:
     """Return where the time of a compression goes."""
     steps = ("full_read", "full_measured", "cuts", "distillation", "verified_and_tested")
-    cells = [["Data", "Recipe", "Target", "Tokens", *steps, "Total / distillation", "Peak MiB"]]
+    cells = [["Data, full model", "Recipe", "Target", "Tokens", *steps, "Total / distillation", "Peak MiB"]]
     for row in rows:
         if "seconds_by_step" in row:
             taken = row["seconds_by_step"]
             cells.append(
                 [
-                    row["data"],
+                    f"{row['data']}, {row['base']}",
                     TITLES[row["recipe"]],
                     row["target"],
                     f"{row['restoration_tokens'] / 1e6:.2f} M",

@@ -9,6 +9,8 @@ class Set:
 
     name: str
     """of its folder under `--data-root`; `ml-100k` comes with a wheel"""
+    label: str | None = None
+    """what `--sets` takes; None for the name"""
     base: str
     """what `finetune --base` takes"""
     epochs: int
@@ -20,7 +22,7 @@ class Set:
 
 
 SETS = {
-    chosen.name: chosen
+    chosen.label or chosen.name: chosen
     for chosen in (
         Set(
             name="amazon18_cds_vinyl_d3",
@@ -37,6 +39,24 @@ SETS = {
             max_history=10,
             learning_rate=3e-4,
             vocab="catalog",
+        ),
+        Set(
+            name="amazon18_cds_vinyl_d3",
+            label="cds-scratch",
+            base="base",
+            epochs=20,
+            max_history=10,
+            learning_rate=2e-3,
+            vocab="keep",
+        ),
+        Set(
+            name="amazon18_video_games_d3",
+            label="games-scratch",
+            base="base",
+            epochs=20,
+            max_history=10,
+            learning_rate=2e-3,
+            vocab="keep",
         ),
         Set(
             name="movielens_1m",

@@ -1,0 +1,61 @@
+"""Compiled decoder layers: what they compute, what is saved, and when they are left alone."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from models import compiled
+from models.compiled import LONG_RUN_STEPS, as_written, compile_layers
+from models.finetune import final_hidden
+from tests.models.test_per_layer import random_model
+from tests.tiny import tiny_model
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def packed_rows():
+    """Two rows of two windows each."""
+    torch.manual_seed(1)
+    positions = torch.cat([torch.arange(20), torch.arange(12)])
+    return {"input_ids": torch.randint(0, 64, (2, 32)), "position_ids": positions.repeat(2, 1)}
+
+
+def gradients(model, rows):
+    final_hidden(model, rows).square().mean().backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_layers_have_the_same_gradients_and_names():
+    torch.manual_seed(0)
+    plain, other = tiny_model("qwen3", 64), tiny_model("qwen3", 64)
+    other.load_state_dict(plain.state_dict())
+    rows = packed_rows()
+    wanted = gradients(plain, rows)
+    assert compile_layers(other, steps=LONG_RUN_STEPS, device="cpu")
+    found = gradients(other, rows)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    assert list(found) == list(wanted)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+    assert list(other.state_dict()) == list(plain.state_dict())
+    longer = torch.randint(0, 64, (1, 47))
+    with as_written(), torch.no_grad():
+        torch.testing.assert_close(other(longer).logits, plain(longer).logits, rtol=1e-3, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == graphs, "a call of another shape was compiled"
+
+
+@pytest.mark.parametrize("case", ["short", "cuda", "no compiler", "per layer"])
+def test_layers_are_left_alone_where_compiling_does_not_pay(case, monkeypatch):
+    model = random_model("qwen3") if case == "per layer" else tiny_model("qwen3", 64)
+    before = model.config._attn_implementation
+    if case == "no compiler":
+        monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    steps, device = LONG_RUN_STEPS - (case == "short"), "cuda" if case == "cuda" else "cpu"
+    assert not compile_layers(model, steps=steps, device=device)
+    assert model.config._attn_implementation == before
+    assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
