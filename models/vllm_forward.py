@@ -184,7 +184,7 @@ def open_forward(
         logger.info("vLLM's own layers run: %s", reason)
         return forward
     try:
-        fused = FusedModel(model_runner, tensors)
+        fused = FusedModel(model_runner, tensors, max_tokens)
         error = _difference(forward, fused, model_runner.vllm_config.model_config.get_vocab_size())
     except (AttributeError, RuntimeError, TypeError) as failure:
         # Inner parts of another vLLM or PyTorch than was tested.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from models.vllm_attention import CpuAttention, Norm
 from models.vllm_products import Int8Products, PackedProducts, Products, is_w8a8, linears
+from models.vllm_rows import padded_rows
 
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """vLLM's classes whose layers these are."""
@@ -62,18 +63,15 @@ def obstacle(model_runner: Any) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def padded_rows(rows: int) -> int:
-    """Return the row count a matrix product is run with: of a few dozen, so that its kernel is there."""
-    step = 4 if rows <= 32 else 8 if rows <= 128 else 16 if rows <= 512 else 32
-    return -(-rows // step) * step
-
-
 class FusedModel:
     """The layers of one model; the same numbers as vLLM's, rounding apart."""
 
-    def __init__(self, model_runner: Any, tensors: Callable[[str], torch.Tensor | None]) -> None:
+    def __init__(
+        self, model_runner: Any, tensors: Callable[[str], torch.Tensor | None], max_tokens: int
+    ) -> None:
         """Args:
         tensors: Gives a tensor of the checkpoint by name, None if it has none so named.
+        max_tokens: Rows of the largest forward.
         """
         body = model_runner.model.model
         self._embedding = body.embed_tokens.weight
@@ -87,7 +85,9 @@ class FusedModel:
             _Layer(
                 attention=None if layer.self_attn is None else CpuAttention(layer.self_attn),
                 group=0 if layer.self_attn is None else groups[layer.self_attn.attn.layer_name],
-                products=PackedProducts(index, tensors, dtype) if self._packed else Int8Products(layer),
+                products=(
+                    PackedProducts(index, tensors, dtype, max_tokens) if self._packed else Int8Products(layer)
+                ),
                 input_norm=None if layer.self_attn is None else Norm(layer.input_layernorm),
                 mlp_norm=None if layer.mlp is None else Norm(layer.post_attention_layernorm),
             )

@@ -26,6 +26,8 @@ _DEFAULT_ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "HF_HUB_OFFLINE": "1",
+    # A long prompt's attention in parts, one a thread, rounds otherwise than beside other prompts.
+    "VLLM_CPU_ATTN_SPLIT_KV": "0",
 }
 
 logger = logging.getLogger(__name__)

@@ -1,10 +1,14 @@
 """The matrix products of one Llama-like layer on a CPU: packed for oneDNN, or vLLM's own int8 ones."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
+
+from models.vllm_rows import RowRange, steady_rows
 
 W8A8 = "CompressedTensorsW8A8Int8"
 """vLLM's name for int8 weights by channel and int8 activations by token."""
@@ -26,48 +30,78 @@ class Products(Protocol):
         ...
 
 
+Form = Literal["none", "swish", "add", "mul"]
+"""What rides on a product: nothing, an activation, or another tensor."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One matrix as oneDNN wants it."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    form: Form
+    rows: RowRange
+
+    def __call__(self, hidden: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+        if other is None:
+            return torch.ops.mkldnn._linear_pointwise.default(
+                hidden, self.weight, self.bias, self.form, [], ""
+            )
+        return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, self.form)
+
+
 class PackedProducts:
     """Activation, gate and residual ride on the products, as oneDNN post-operations."""
 
-    def __init__(self, layer: int, tensors: Callable[[str], torch.Tensor | None], dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: int, tensors: Callable[[str], torch.Tensor | None], dtype: torch.dtype, most_rows: int
+    ) -> None:
         """Args:
         tensors: Reads a tensor of the checkpoint by name.
+        most_rows: Rows of the largest product there will be.
         """
 
-        def read(*names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def read(form: Form, *names: str) -> _Packed | None:
             found = [tensors(f"model.layers.{layer}.{name}.weight") for name in names]
             if found[0] is None:  # the layer lacks this half, and nobody will ask for it
-                return torch.empty(0), None
+                return None
             matrix = torch.cat([weight for weight in found if weight is not None]).to(dtype)
             biases = [
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None
             ]
-            packed = torch.ops.mkldnn._reorder_linear_weight(matrix, 256)
-            return packed, torch.cat(biases).to(dtype) if biases else None
+            return _Packed(
+                _packed(matrix),
+                torch.cat(biases).to(dtype) if biases else None,
+                form,
+                _rows(form, matrix.shape, dtype, bool(biases), most_rows),
+            )
 
-        self._qkv = read("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self._output = read("self_attn.o_proj")
-        self._gate = read("mlp.gate_proj")
-        self._up = read("mlp.up_proj")
-        self._down = read("mlp.down_proj")
+        self._qkv = read("none", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        self._output = read("add", "self_attn.o_proj")
+        self._gate = read("swish", "mlp.gate_proj")
+        self._up = read("mul", "mlp.up_proj")
+        self._down = read("add", "mlp.down_proj")
 
     def qkv(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return queries, keys and values."""
-        return _product(hidden, *self._qkv)
+        return _product(self._qkv, hidden)
 
     def add_output(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream with the attention's output added."""
-        return _product_onto(attended, *self._output, residual, "add")
+        return _product(self._output, attended, residual)
 
     def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream with the MLP's output added."""
-        gate = _product(hidden, *self._gate, "swish")
-        inner = _product_onto(hidden, *self._up, gate, "mul")
-        return _product_onto(inner, *self._down, residual, "add")
+        inner = _product(self._up, hidden, _product(self._gate, hidden))
+        return _product(self._down, inner, residual)
 
 
 class Int8Products:
-    """vLLM's quantised layers, which keep their packed weights and their kernel."""
+    """vLLM's quantised layers, which keep their packed weights and their kernel.
+
+    Whole numbers have the same sum in any order, so these need no care for the number of rows.
+    """
 
     def __init__(self, layer: Any) -> None:
         """Args:
@@ -102,16 +136,37 @@ def is_w8a8(layer: Any) -> bool:
     return all(type(getattr(linear, "scheme", None)).__name__ == W8A8 for linear in linears(layer))
 
 
-def _product(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str = "none"
-) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(hidden, weight, bias, activation, [], "")
+def _product(matrix: _Packed | None, hidden: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """Return a product whose rows are summed in one order, however many there are: filled up, or in parts."""
+    assert matrix is not None  # a half that the layer lacks is not asked for
+    rows = len(hidden)
+    if missing := max(matrix.rows.least - rows, 0):
+        filled = None if other is None else F.pad(other, (0, 0, 0, missing))
+        return matrix(F.pad(hidden, (0, 0, 0, missing)), filled)[:rows]
+    if rows <= matrix.rows.most:
+        return matrix(hidden, other)
+    parts = matrix.rows.pieces(rows)
+    return torch.cat([matrix(hidden[part], None if other is None else other[part]) for part in parts])
 
 
-def _product_onto(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, other: torch.Tensor, how: str
-) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.binary(hidden, other, weight, bias, how)
+def _packed(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, 256)
+
+
+@lru_cache
+def _rows(form: Form, shape: torch.Size, dtype: torch.dtype, biased: bool, most: int) -> RowRange:
+    """Return the row counts for which products of this shape are summed alike; measured once a shape."""
+
+    out, width = shape
+
+    def product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        packed = _Packed(_packed(weight), weight.new_zeros(out) if biased else None, form, RowRange(1, most))
+        others = {"add": 0, "mul": 1}
+        if form not in others:
+            return lambda hidden: packed(hidden, None)
+        return lambda hidden: packed(hidden, hidden.new_full((len(hidden), out), others[form]))
+
+    return steady_rows(product, width, out, dtype, most)
 
 
 def _quantised(linear: Any, hidden: torch.Tensor) -> torch.Tensor:
