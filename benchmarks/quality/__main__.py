@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.page import write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, read_rows
 from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS, TARGETS, Set
@@ -27,7 +28,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with the data sets' folders")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
-    parser.add_argument("--recipes", nargs="+", default=["leanrec", *CONTROLS])
+    recipes = ["leanrec", *CONTROLS]
+    parser.add_argument("--recipes", nargs="+", choices=[*recipes, *ABLATIONS], default=recipes)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--restore-tokens", type=int, help="budget of every run (default: the recipe's own)")
@@ -63,7 +65,9 @@ class Asked:
         asked = (self.chosen.name, self.chosen.base, self.recipe, self.target, self.seed)
         return any(
             asked == tuple(row[name] for name in ("data", "base", "recipe", "target", "seed"))
-            and self.tokens in (None, row["restoration_tokens"])
+            and (
+                row.get("default_budget") if self.tokens is None else self.tokens == row["restoration_tokens"]
+            )
             for row in read_rows()
         )
 
@@ -105,7 +109,9 @@ def _answer(asked: Asked, root: Path) -> None:
     keep_row(full_row(report, model, settings=settings))
     for row in baseline_rows(report, settings=settings):
         keep_row(row)
-    row = compression_row(report, base=training["base"], settings=settings)
+    row = compression_row(
+        report, base=training["base"], settings=settings, default_budget=asked.tokens is None
+    )
     keep_row({**row, "recipe": asked.recipe})
     if asked.recipe != "leanrec":
         shutil.rmtree(out)  # its row says what it was

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.quality.ablations import ABLATIONS
+from compress.recipe import RECIPES
 from models.errors import run_command
 
 
@@ -26,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     from compress.job import Job
     from compress.pipeline import compress
 
+    RECIPES.update(ABLATIONS)  # in this process alone
     compress(Job(**vars(options)))
     return 0
 

@@ -26,6 +26,13 @@ TITLES = {
     "width-only": "width only",
     "random": "random weights, distilled",
     "random-targets": "random weights, targets only",
+    "no-repair": "LeanRec without weight repair",
+    "pca": "LeanRec, hidden width by PCA alone",
+    "channels": "LeanRec, hidden width by channels alone",
+    "published-scores": "LeanRec with the published scores",
+    "vocabulary-kl": "LeanRec, KL over the vocabulary",
+    "both-kl": "LeanRec, half of either KL",
+    "two-stages": "LeanRec in two stages",
     "bigram": "last-item bigram",
     "popularity": "popularity",
     "sasrec": "SASRec",
@@ -64,7 +71,8 @@ def _by_full_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
             bases[row["data"]].add(row["base"])
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        for base in [row["base"]] if row.get("base") else sorted(bases[row["data"]]) or [None]:
+        of_data: list[str | None] = [row.get("base")] if row.get("base") else [*sorted(bases[row["data"]])]
+        for base in of_data or [None]:
             found[f"{row['data']}, {base}" if base else row["data"]].append(row)
     return found
 

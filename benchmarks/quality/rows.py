@@ -34,12 +34,15 @@ def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in KEY)
 
 
-def compression_row(report: Mapping[str, Any], *, base: str, settings: Mapping[str, Any]) -> Row:
+def compression_row(
+    report: Mapping[str, Any], *, base: str, settings: Mapping[str, Any], default_budget: bool = True
+) -> Row:
     """Return the row of a compression.
 
     Args:
         report: its `report.json`.
         settings: what it was made with, as in its `recommender.json`.
+        default_budget: whether its restoration tokens are the recipe's own number.
     """
     tested = report["metrics"]["pruned"]["test"]
     stages = report["stages"]
@@ -54,6 +57,7 @@ def compression_row(report: Mapping[str, Any], *, base: str, settings: Mapping[s
         "total_parameters": report["parameters"]["pruned"]["total"],
         "shape": report["shape"]["pruned"],
         "restoration_tokens": settings["restore_tokens"],
+        "default_budget": default_budget,
         "seconds": report["seconds"],
         "seconds_by_step": report["seconds_by_step"],
         "peak_memory_bytes": report["peak_memory_bytes"],

@@ -96,6 +96,7 @@ def exactness(model: Path, data: str, users: int) -> dict[str, Any]:
             np.mean([a.rows == b.rows for a, b in zip(returning, batched, strict=True)])
         ),
         "expansions": {f"p{q}": float(np.quantile(expansions, q / 100)) for q in (50, 95, 99, 100)},
+        "unproved": _unproved(batched, truth),
         "small_budgets": [
             {"max_expansions": budget} | _unproved(results, truth) for budget, results in small.items()
         ],

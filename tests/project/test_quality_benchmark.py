@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.quality import page, rows
 from benchmarks.quality.__main__ import Asked
+from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.page import ORDER, write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, key_of, read_rows
 from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS
@@ -89,6 +90,8 @@ def test_a_question_is_answered_once(results):
     assert Asked(toys, "leanrec", "5%", 0, None).is_answered()
     assert Asked(toys, "leanrec", "5%", 0, 200).is_answered()
     assert not Asked(toys, "leanrec", "5%", 0, 300).is_answered()
+    keep_row(compression_row(report(), base="demo", settings=settings("one-stage"), default_budget=False))
+    assert Asked(toys, "one-stage", "5%", 0, 200).is_answered()
     assert not Asked(toys, "leanrec", "5%", 1, None).is_answered()
     assert not Asked(toys, "one-stage", "5%", 0, None).is_answered()
 
@@ -125,6 +128,8 @@ def test_pages_hold_the_numbers_and_stand_alone(results):
 
 def test_every_recipe_has_a_place_in_the_table():
     assert {"leanrec", *CONTROLS} == {*RECIPES, PER_LAYER} <= set(ORDER)
+    assert ABLATIONS.keys() <= set(ORDER)
+    assert not ABLATIONS.keys() & RECIPES.keys()
 
 
 def test_the_committed_page_is_made_from_the_committed_rows(tmp_path, monkeypatch):

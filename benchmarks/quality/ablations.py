@@ -1,0 +1,21 @@
+"""Variants of the default recipe, one change each: what decided it, and what the product does not offer."""
+
+from dataclasses import replace
+
+from compress.distill import LossWeights
+from compress.method import Method
+from compress.recipe import RECIPES, Recipe, Stage
+
+_DEFAULT = RECIPES["leanrec"]
+ABLATIONS: dict[str, Recipe] = {
+    "no-repair": replace(_DEFAULT, method=Method(repair=False)),
+    "pca": replace(_DEFAULT, method=Method(hidden=("pca",))),
+    "channels": replace(_DEFAULT, method=Method(hidden=("channels",))),
+    "published-scores": replace(_DEFAULT, method=Method(scores="prunerec")),
+    "vocabulary-kl": replace(_DEFAULT, weights=LossWeights(vocabulary=1.0)),
+    "both-kl": replace(_DEFAULT, weights=LossWeights(valid=0.5, vocabulary=0.5)),
+    "two-stages": replace(
+        _DEFAULT,
+        stages=(Stage(cuts=("width", "mlp"), share=0.3), Stage(cuts=("depth",), share=0.7)),
+    ),
+}
