@@ -119,6 +119,17 @@ def pruned_table(rows: Rows) -> Table:
     return Table("Pruned against full", note, cells)
 
 
+def _waiting(line: Mapping[str, float]) -> list[list[str]]:
+    """Return what no server with these batch times could do better at."""
+    return [
+        [
+            "the same of a queue with these batch times and nothing else",
+            f"{line['p50']:.0f} / {line['p95']:.0f} / {line['p99']:.0f} ms; p99 over p50 "
+            f"{line['p99'] / line['p50']:.2f}",
+        ]
+    ]
+
+
 def service_table(found: Mapping[str, Any]) -> Table:
     """Return what HTTP leaves of the engine."""
     low, high = found["throughput_kept_range"]
@@ -131,6 +142,7 @@ def service_table(found: Mapping[str, Any]) -> Table:
             f"{latency['p50']:.0f} / {latency['p95']:.0f} / {latency['p99']:.0f} ms",
         ],
         ["p99 over p50", f"{found['p99_over_p50']:.2f} ({loop['requests']} requests)"],
+        *(_waiting(found["waiting_alone"]) if "waiting_alone" in found else []),
         ["Longest lag of the event loop", f"{found['event_loop_lag_ms']:.0f} ms"],
         ["Idle CPU, of one core", f"{found['idle_cpu']:.1%}"],
     ]

@@ -25,12 +25,15 @@ import psutil
 from benchmarks.serving.big_catalog import service
 from benchmarks.serving.checkpoints import RUNS, trained_recommender
 from benchmarks.serving.race import Case, Entry, ask, process
+from benchmarks.serving.waiting_line import BatchCost, latency_quantiles
 from benchmarks.serving.workload import make_workload
 from models.atomic import write_json
 from models.checkpoint import read_recommender
+from serve.batching import BatchLimits
 
 CLIENTS = 16
 REQUESTS = 192
+ALONE = 48
 LOAD = 0.7
 OPEN_SECONDS = 40.0
 SETTLE_SECONDS = 31.0
@@ -52,7 +55,7 @@ def main() -> None:
 def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
     """Return throughput and CPU time of engine and service, and the service's latencies under open load."""
     recommender = read_recommender(directory)
-    workload = make_workload(recommender, data, (rounds + 5) * REQUESTS)
+    workload = make_workload(recommender, data, (rounds + 5) * REQUESTS + ALONE)
     ids = [[recommender.catalog.item_ids[row] for row in rows] for rows in workload.histories]
     case = Case(CLIENTS)
     entry = Entry("engine", "worker", directory, {case: REQUESTS}, workload, recommender.config)
@@ -89,16 +92,22 @@ def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
                         "service_cpu_seconds_per_request": http[1],
                     }
                 )
-        server.send_signal(signal.SIGCONT)
+        # One at a time, histories that neither has seen.
+        asked = {"prompts": workload.fresh[-ALONE:], "clients": 1}
+        alone = ask(engine, asked)["wall_seconds"] / ALONE
         rate = LOAD * float(np.median([pair["service_requests_per_second"] for pair in pairs]))
+        server.send_signal(signal.SIGCONT)
         # The gauge looks back over two windows of 30 s: by its end neither holds the stops above.
         time.sleep(SETTLE_SECONDS - IDLE_SECONDS)
         idle = sum(server.cpu_times()[:2])
         time.sleep(IDLE_SECONDS)
         idle = (sum(server.cpu_times()[:2]) - idle) / IDLE_SECONDS
-        latencies = np.array(asyncio.run(_open_loop(url, ids[(rounds + 1) * REQUESTS :], rate)))
+        latencies = np.array(asyncio.run(_open_loop(url, ids[(rounds + 1) * REQUESTS : -ALONE], rate)))
         lag = _event_loop_lag(url)
     ratio = [pair["service_requests_per_second"] / pair["engine_requests_per_second"] for pair in pairs]
+    batched = 1 / float(np.median([pair["service_requests_per_second"] for pair in pairs]))
+    most = BatchLimits().requests
+    line = latency_quantiles(BatchCost.between(alone, batched, most), most=most, load=LOAD)
     quantiles = {f"p{q}": 1e3 * float(np.quantile(latencies, q / 100)) for q in (50, 95, 99)}
     return {
         "model": directory.name,
@@ -108,6 +117,8 @@ def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
         "throughput_kept_range": [min(ratio), max(ratio)],
         "open_loop": {"requests_per_second": rate, "requests": len(latencies), "latency_ms": quantiles},
         "p99_over_p50": quantiles["p99"] / quantiles["p50"],
+        "alone_seconds": alone,
+        "waiting_alone": {name: 1e3 * seconds for name, seconds in line.items()},
         "event_loop_lag_ms": 1e3 * lag,
         "idle_cpu": idle,
         "load_average": os.getloadavg()[0],

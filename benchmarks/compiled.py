@@ -1,0 +1,67 @@
+"""What compiled decoder layers save: forward and backward of a preset's body, with and without, in one run.
+
+    python -m benchmarks.compiled [--base base]
+
+Rows are packed as in training; head, loss and optimiser, the same for both, are left out. The two take turns
+step by step, so that both meet the same machine. Prints JSON: medians, seconds a step.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+from models.compiled import LONG_RUN_STEPS, compile_layers
+from models.data import load_data
+from models.finetune import final_hidden
+from models.precision import fast_products
+from models.presets import PRESETS, new_model, train_tokenizer
+from models.sources import BUILT_IN
+
+ROWS, ROW_TOKENS, WINDOW_TOKENS = 8, 256, 128
+TURNS = 20
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled")
+    parser.add_argument("--base", choices=list(PRESETS), default="base")
+    preset = PRESETS[parser.parse_args().base]
+    catalog = load_data(BUILT_IN).catalog
+    tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
+    torch.manual_seed(0)
+    rows = {
+        "input_ids": torch.randint(len(tokenizer), (ROWS, ROW_TOKENS)),
+        "position_ids": torch.arange(WINDOW_TOKENS).repeat(ROWS, ROW_TOKENS // WINDOW_TOKENS),
+    }
+    names = ("as written", "compiled")
+    models = {name: new_model(preset, tokenizer, max_positions=ROW_TOKENS) for name in names}
+    begun = time.monotonic()
+    if not compile_layers(models["compiled"], steps=LONG_RUN_STEPS, device="cpu"):
+        raise SystemExit("compiled: no C++ compiler here")
+    _step(models["compiled"], rows)
+    compiling = time.monotonic() - begun
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(TURNS + 2):
+        for name, model in models.items():
+            taken = _step(model, rows)
+            if turn >= 2:
+                seconds[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    saved = 1 - medians["compiled"] / medians["as written"]
+    print(json.dumps({"seconds_a_step": medians, "saved": saved, "compiling_seconds": compiling}))
+
+
+def _step(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> float:
+    begun = time.perf_counter()
+    with fast_products("cpu"):
+        final_hidden(model, rows).square().mean().backward()
+    model.zero_grad()
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()
