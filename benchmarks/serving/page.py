@@ -67,7 +67,8 @@ def exactness_table(rows: Rows) -> Table:
     )
     cells: list[list[str]] = [list(names.split("|"))]
     for row in rows:
-        nodes, small = row["expansions"], row["small_budgets"]
+        nodes = row["expansions"]
+        default = [{"max_expansions": "default", **row["unproved"]}] if "unproved" in row else []
         cells.append(
             [
                 row["data"],
@@ -82,7 +83,7 @@ def exactness_table(rows: Rows) -> Table:
                 f"{nodes['p50']:.0f}/{nodes['p95']:.0f}/{nodes['p100']:.0f}",
                 "; ".join(
                     f"{part['max_expansions']}: {_share(part['overlap@10'])} ({part['unproved']} users)"
-                    for part in small
+                    for part in row["small_budgets"] + default
                     if part["unproved"]
                 ),
             ]
