@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,13 @@ def test_layers_that_differ_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    real = vllm_products._product_onto
-    monkeypatch.setattr(
-        vllm_products,
-        "_product_onto",
-        lambda *given: real(*given[:4], "add"),  # gate + up for gate * up
-    )
+    real = vllm_products._Packed.__call__
+
+    def wrong(matrix: Any, hidden: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
+        """Gate + up for gate * up."""
+        return real(replace(matrix, form="add") if matrix.form == "mul" else matrix, hidden, other)
+
+    monkeypatch.setattr(vllm_products._Packed, "__call__", wrong)
     in_bf16[0].close()
     with caplog.at_level(logging.WARNING):
         engine, _, requests = open_tiny(tmp_path, "llama", "bfloat16")
