@@ -102,7 +102,7 @@ def restore(
     arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
-    compile_layers(student, steps=arguments.max_steps, device=settings.device)
+    compile_layers(student, steps=arguments.max_steps, row_tokens=rows.row_tokens, device=settings.device)
     trainer = DistillationTrainer(
         model=student,
         args=arguments,

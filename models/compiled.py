@@ -11,22 +11,25 @@ from models.per_layer import MODEL_TYPE as PER_LAYER
 
 LONG_RUN_STEPS = 3000
 """Compiling takes 10 to 15 s, and saves a tenth of a second a step of a model of ten million parameters."""
+LONGEST_ROW = 512
+"""Tokens of a row whose attention is written out: it keeps a score for each pair of them."""
 
 
-def compile_layers(model: PreTrainedModel, *, steps: int, device: str) -> bool:
+def compile_layers(model: PreTrainedModel, *, steps: int, row_tokens: int, device: str) -> bool:
     """Compile the decoder layers in place where that pays, and return whether it did.
 
     PyTorch's CPU kernels leave half of a training step of a small model to element-wise operations, which
     Inductor fuses; its flash attention's backward pass is slower there than plain products over rows of a
-    few hundred tokens, so attention is written out. Parameters, their names and the saved files stay as
-    they are. Short runs, layers of unlike shapes, other devices and machines without a C++ compiler keep
-    the layers as they are.
+    few hundred tokens, so for those attention is written out. Parameters, their names and the saved files
+    stay as they are. Short runs, layers of unlike shapes, other devices and machines without a C++ compiler
+    keep the layers as they are.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
     if steps < LONG_RUN_STEPS or device != "cpu" or not compiler or model.config.model_type == PER_LAYER:
         return False
     torch.compiler.reset()  # the shapes of an earlier model count against how many are compiled
-    model.set_attn_implementation("eager")
+    if row_tokens <= LONGEST_ROW:
+        model.set_attn_implementation("eager")
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=False)
     return True

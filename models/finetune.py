@@ -172,7 +172,12 @@ def _trainer(
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not cuda:
         raise UsageError("device cuda: no CUDA device is available; use --device cpu")
-    compile_layers(model, steps=steps_per_epoch * epochs, device="cuda" if cuda else "cpu")
+    compile_layers(
+        model,
+        steps=steps_per_epoch * epochs,
+        row_tokens=rows.row_tokens,
+        device="cuda" if cuda else "cpu",
+    )
     return RecommenderTrainer(
         recommender=recommender,
         data=data,

@@ -71,7 +71,7 @@ class PackedProducts:
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None
             ]
             return _Packed(
-                _packed(matrix),
+                _reordered(matrix),
                 torch.cat(biases).to(dtype) if biases else None,
                 form,
                 _rows(form, matrix.shape, dtype, bool(biases), most_rows),
@@ -149,18 +149,19 @@ def _product(matrix: _Packed | None, hidden: torch.Tensor, other: torch.Tensor |
     return torch.cat([matrix(hidden[part], None if other is None else other[part]) for part in parts])
 
 
-def _packed(matrix: torch.Tensor) -> torch.Tensor:
+def _reordered(matrix: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(matrix, 256)
 
 
 @lru_cache
 def _rows(form: Form, shape: torch.Size, dtype: torch.dtype, biased: bool, most: int) -> RowRange:
     """Return the row counts for which products of this shape are summed alike; measured once a shape."""
-
     out, width = shape
 
     def product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        packed = _Packed(_packed(weight), weight.new_zeros(out) if biased else None, form, RowRange(1, most))
+        packed = _Packed(
+            _reordered(weight), weight.new_zeros(out) if biased else None, form, RowRange(1, most)
+        )
         others = {"add": 0, "mul": 1}
         if form not in others:
             return lambda hidden: packed(hidden, None)

@@ -80,7 +80,7 @@ def full_model(chosen: Set, data: str) -> Path:
         FinetuneConfig(
             base=chosen.base,
             data=data,
-            out=RUNS / (chosen.label or chosen.name) / "full",
+            out=RUNS / chosen.key / "full",
             epochs=chosen.epochs,
             learning_rate=chosen.learning_rate,
             max_history=chosen.max_history,
@@ -91,8 +91,7 @@ def full_model(chosen: Set, data: str) -> Path:
 def _answer(asked: Asked, root: Path) -> None:
     if asked.is_answered():
         return
-    chosen = asked.chosen
-    folder = RUNS / (chosen.label or chosen.name)
+    chosen, folder = asked.chosen, RUNS / asked.chosen.key
     data = BUILT_IN if chosen.name == BUILT_IN else str(root / chosen.name)
     model = full_model(chosen, data)
     out = folder / f"{asked.recipe}-{asked.target.removesuffix('%')}-{asked.seed}-{asked.budget}"

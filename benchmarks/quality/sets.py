@@ -10,7 +10,7 @@ class Set:
     name: str
     """of its folder under `--data-root`; `ml-100k` comes with a wheel"""
     label: str | None = None
-    """what `--sets` takes; None for the name"""
+    """told apart by this where a data set has several full models; None for the name"""
     base: str
     """what `finetune --base` takes"""
     epochs: int
@@ -20,9 +20,14 @@ class Set:
     vocab: str
     """what `compress --vocab` takes"""
 
+    @property
+    def key(self) -> str:
+        """What `--sets` takes, and the name of its folder of runs."""
+        return self.label or self.name
+
 
 SETS = {
-    chosen.label or chosen.name: chosen
+    chosen.key: chosen
     for chosen in (
         Set(
             name="amazon18_cds_vinyl_d3",
