@@ -34,11 +34,14 @@ def rebuild(config: PretrainedConfig, tensors: Mapping[str, Tensor]) -> PreTrain
 
 def random_model(config: PretrainedConfig, shape: Shape, seed: int) -> PreTrainedModel:
     """Return a model of another shape with fresh weights: what pruning is held against."""
+    return fresh_model(resized_config(config, shape), seed)
+
+
+def fresh_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """Return a model in evaluation mode with fresh weights, fp32 on the CPU."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            resized_config(config, shape),
-            dtype=torch.float32,
-            attn_implementation=config._attn_implementation,
+            config, dtype=torch.float32, attn_implementation=config._attn_implementation
         )
     return model.eval()

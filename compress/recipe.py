@@ -5,7 +5,7 @@ kept, the cuts one by one, and the published method, all with the same teacher a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from compress.distill import LossWeights
@@ -21,15 +21,18 @@ class Stage:
     cuts: tuple[Cut, ...]
     share: float
     """of the restoration tokens"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 4e-3
+    keep: float = 1.0
+    """amplitude of the pruned weights where restoration begins, the rest fresh: `compress.shrink_perturb`"""
 
 
 THREE_STAGES = (
-    Stage(cuts=("width",), share=0.15),
-    Stage(cuts=("mlp",), share=0.15),
-    Stage(cuts=("depth",), share=0.70),
+    Stage(cuts=("width",), share=0.05, learning_rate=1e-3),
+    Stage(cuts=("mlp",), share=0.05, learning_rate=1e-3),
+    # Without most of its layers little of the model works: what is left is a start, not a model to mend.
+    Stage(cuts=("depth",), share=0.90, keep=0.5),
 )
-ONE_STAGE = (Stage(cuts=("width", "mlp", "depth"), share=1.0),)
+ONE_STAGE = (Stage(cuts=("width", "mlp", "depth"), share=1.0, keep=0.5),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class Recipe:
     calibration_rows: int = 256
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
-    passes: float = 10.0
+    passes: float = 4.0
     """default budget: title tokens of one drawing, so many times"""
     batch_tokens: int = 4096
     validation_users: int = 1000
@@ -76,13 +79,15 @@ RECIPES = {
         method=Method(scores="prunerec", hidden=("channels",), repair=False),
         layers_by="perplexity",
         weights=LossWeights(vocabulary=0.8, vocabulary_targets=0.2),
-        stages=tuple(replace(stage, learning_rate=3e-4) for stage in THREE_STAGES),
+        stages=(
+            Stage(cuts=("width",), share=0.15, learning_rate=3e-4),
+            Stage(cuts=("mlp",), share=0.15, learning_rate=3e-4),
+            Stage(cuts=("depth",), share=0.70, learning_rate=3e-4),
+        ),
     ),
     "one-stage": Recipe(stages=ONE_STAGE),
-    "depth-only": Recipe(stages=(Stage(cuts=("depth", "width", "mlp"), share=1.0),), shape="depth"),
-    "width-only": Recipe(
-        stages=(Stage(cuts=("width",), share=0.3), Stage(cuts=("mlp",), share=0.7)), shape="width"
-    ),
+    "depth-only": Recipe(stages=(Stage(cuts=("depth", "width", "mlp"), share=1.0, keep=0.5),), shape="depth"),
+    "width-only": Recipe(stages=(Stage(cuts=("width", "mlp"), share=1.0, keep=0.5),), shape="width"),
     # The controls that say what pruning is worth: the same final shape, nothing of the weights.
     "random": Recipe(stages=(Stage(cuts=(), share=1.0),)),
     "random-targets": Recipe(stages=(Stage(cuts=(), share=1.0),), weights=LossWeights(targets=1.0)),

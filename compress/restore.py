@@ -23,6 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from compress.distill import LossWeights, distillation_loss
 from compress.rows import RestorationRows, collate
+from compress.shrink_perturb import shrink_and_perturb
 from compress.teacher import TeacherStates
 from compress.work import check_digests, damaged, digests
 from models.atomic import write_json
@@ -35,6 +36,8 @@ from models.trie import Trie
 
 DIVERGED = 1.5
 """times the NLL right after the cut, or of a guess among all titles: a model beyond it has come apart"""
+SHORT_RUN_STEPS = 100
+"""A shorter run mends the pruned weights as they are: it has no time to make more of them."""
 COMPLETE = "complete"
 """Marks a Trainer checkpoint that was written to its end, and holds its files' digests."""
 
@@ -46,6 +49,8 @@ class RestoreSettings:
     tokens: int
     """to train on; rounded up to whole steps"""
     learning_rate: float
+    keep: float = 1.0
+    """of the pruned weights where training begins: `compress.shrink_perturb`"""
     batch_rows: int = 16
     warmup_share: float = 0.05
     evaluations: int = 5
@@ -115,6 +120,8 @@ def restore(
         start=start,
         guess=math.log(trie.num_leaves),
     )
+    if settings.keep < 1 and arguments.max_steps >= SHORT_RUN_STEPS:
+        trainer.add_callback(_ShrinkAndPerturb(student, settings))
     state = _state_of(checkpoint) if checkpoint else None
     if state is None or state.global_step < arguments.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -278,6 +285,19 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
+
+
+class _ShrinkAndPerturb(TrainerCallback):
+    """Rewrites the weights before the first step, after the state right after the cut was evaluated."""
+
+    def __init__(self, student: PreTrainedModel, settings: RestoreSettings) -> None:
+        self._student, self._settings = student, settings
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step == 0:
+            shrink_and_perturb(self._student, keep=self._settings.keep, seed=self._settings.seed)
 
 
 class _Bar(TrainerCallback):

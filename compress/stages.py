@@ -166,6 +166,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         settings=RestoreSettings(
             tokens=round(run.tokens * run.recipe.stages[stage].share),
             learning_rate=run.recipe.stages[stage].learning_rate,
+            keep=run.recipe.stages[stage].keep,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             seed=run.seed + stage,
             device=run.device,

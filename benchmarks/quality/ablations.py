@@ -16,6 +16,10 @@ ABLATIONS: dict[str, Recipe] = {
     "both-kl": replace(_DEFAULT, weights=LossWeights(valid=0.5, vocabulary=0.5)),
     "two-stages": replace(
         _DEFAULT,
-        stages=(Stage(cuts=("width", "mlp"), share=0.3), Stage(cuts=("depth",), share=0.7)),
+        stages=(
+            Stage(cuts=("width", "mlp"), share=0.1, learning_rate=1e-3),
+            Stage(cuts=("depth",), share=0.9, keep=0.5),
+        ),
     ),
+    "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }

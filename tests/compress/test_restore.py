@@ -1,5 +1,6 @@
 """Distillation: the loss, which positions it sees, the teacher's cache, and a restoration that resumes."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from compress import distill
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
-from compress.restore import RestoreSettings, restore, training_steps
+from compress.restore import SHORT_RUN_STEPS, RestoreSettings, restore, training_steps
 from compress.rows import RestorationRows, collate, make_rows
+from compress.shrink_perturb import shrink_and_perturb
 from compress.teacher import TeacherStates, cache_teacher, open_states
 from models.checkpoint import Recommender, load_model, read_recommender
 from models.errors import LeanRecError
@@ -296,6 +298,50 @@ def test_the_best_state_is_kept_not_the_last(bench, tmp_path, values, best):
         tmp_path / f"checkpoint-{best * every}" if best else bench.start
     )
     assert torch.equal(head_of(result.model), head_of(kept))
+
+
+def test_a_long_restoration_starts_from_shrunken_weights_and_still_counts_the_cut(
+    bench, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("compress.restore.SHORT_RUN_STEPS", 1)
+    seen = []
+
+    def validate(model):
+        seen.append(model.model.layers[0].mlp.down_proj.weight.detach().std().item())
+        return mean_kl(model, bench)
+
+    settings = dataclasses.replace(SETTINGS, keep=0.5, learning_rate=1e-9)
+    made = run_restore(bench, tmp_path / "whole", validate, settings)
+    start = AutoModelForCausalLM.from_pretrained(bench.start)
+    assert made.course.curve[0]["nll"] == pytest.approx(mean_kl(start, bench), abs=1e-4)
+    assert seen[0] == pytest.approx(start.model.layers[0].mlp.down_proj.weight.std().item())
+    expected = copy.deepcopy(start)
+    shrink_and_perturb(expected, keep=0.5, seed=settings.seed)
+    assert seen[1] == pytest.approx(expected.model.layers[0].mlp.down_proj.weight.std().item(), rel=1e-4)
+
+    # Killed before its first checkpoint or after it: the weights are rewritten once.
+    settings = dataclasses.replace(SETTINGS, keep=0.5)
+    whole = run_restore(bench, tmp_path / "b", validate, settings)
+    for dies in (2, 3):
+        left = iter(range(dies))
+
+        def killed(model, left=left):
+            next(left)
+            return validate(model)
+
+        with pytest.raises(StopIteration):
+            run_restore(bench, tmp_path / "c", killed, settings)
+    resumed = run_restore(bench, tmp_path / "c", validate, settings)
+    assert resumed.course.curve == whole.course.curve
+    assert torch.equal(head_of(resumed.model), head_of(whole.model))
+
+
+def test_a_short_restoration_mends_the_weights_as_they_are(bench, tmp_path):
+    steps, _ = training_steps(bench.rows, SETTINGS)
+    assert steps < SHORT_RUN_STEPS
+    kept = run_restore(bench, tmp_path / "a", lambda model: 1.0, dataclasses.replace(SETTINGS, keep=0.5))
+    plain = run_restore(bench, tmp_path / "b", lambda model: 1.0, SETTINGS)
+    assert kept.course == plain.course
 
 
 def test_a_loss_that_is_not_finite_stops_with_an_error(bench, tmp_path):

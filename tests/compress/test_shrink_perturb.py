@@ -1,0 +1,119 @@
+"""Pruned weights before a long restoration: as small as new ones, half of them kept, one function of the seed."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from compress.rebuild import fresh_model
+from compress.shrink_perturb import _fold_norms, shrink_and_perturb
+from models.per_layer import LayerShape, PerLayerShape
+from models.per_layer_model import per_layer_config
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+}
+
+
+def trained(config, seed=5):
+    """Return a model whose weights are far from new: of every size, norms and biases too."""
+    torch.manual_seed(seed)
+    family = Qwen2ForCausalLM if isinstance(config, Qwen2Config) else LlamaForCausalLM
+    model = family(config).eval()
+    with torch.no_grad():
+        for n, parameter in enumerate(model.parameters()):
+            parameter.mul_(1.5 ** (n % 7 - 3)).add_(0.01 * n * torch.randn_like(parameter))
+    return model
+
+
+def linears(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def answers(model):
+    with torch.inference_mode():
+        return model(torch.arange(12)[None]).logits
+
+
+def test_with_everything_kept_only_the_sizes_change():
+    old, model = trained(LlamaConfig(**SIZES)), trained(LlamaConfig(**SIZES))
+    shrink_and_perturb(model, keep=1.0, seed=0)
+    fresh = linears(fresh_model(model.config, 0))
+    for name, module in linears(model.model.layers).items():
+        drawn = fresh[f"model.layers.{name}"].weight
+        assert module.weight.std().item() == pytest.approx(drawn.std().item(), rel=1e-3), name
+    for was, layer in zip(old.model.layers, model.model.layers, strict=True):
+        read = was.self_attn.q_proj.weight * was.input_layernorm.weight
+        for before, after in (
+            (read, layer.self_attn.q_proj.weight),
+            (was.mlp.down_proj.weight, layer.mlp.down_proj.weight),
+        ):
+            assert torch.cosine_similarity(before.flatten(), after.flatten(), 0) > 0.9999
+        assert (layer.input_layernorm.weight == 1).all()
+        assert (layer.post_attention_layernorm.weight == 1).all()
+    for same in ("embed_tokens.weight", "norm.weight"):
+        assert torch.equal(model.model.get_parameter(same), old.model.get_parameter(same))
+
+
+def test_folding_the_norms_changes_no_answer():
+    model = trained(LlamaConfig(**SIZES))
+    before = answers(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            _fold_norms(layer)
+    torch.testing.assert_close(answers(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_half_kept_is_half_of_either():
+    old, model = trained(LlamaConfig(**SIZES)), trained(LlamaConfig(**SIZES))
+    shrink_and_perturb(model, keep=0.5, seed=3)
+    name = "model.layers.1.mlp.down_proj"
+    mixed, was, drawn = (
+        linears(m)[name].weight.flatten() for m in (model, old, fresh_model(model.config, 3))
+    )
+    expected = 0.5 * was * drawn.std() / was.std() + 0.75**0.5 * drawn
+    torch.testing.assert_close(mixed, expected)
+
+
+def test_the_seed_decides_and_the_global_generator_does_not():
+    def made(seed, disturb):
+        model = trained(LlamaConfig(**SIZES))
+        torch.manual_seed(disturb)
+        shrink_and_perturb(model, keep=0.5, seed=seed)
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    assert torch.equal(made(0, 1), made(0, 2))
+    assert not torch.equal(made(0, 1), made(1, 1))
+
+
+def test_biases_shrink_with_their_matrices():
+    old = trained(Qwen2Config(**SIZES))
+    model = trained(Qwen2Config(**SIZES))
+    shrink_and_perturb(model, keep=0.5, seed=0)
+    before, after = (m.model.layers[0].self_attn for m in (old, model))
+    scale = after.k_proj.bias / before.k_proj.bias
+    assert scale.std() < 1e-4
+    assert (after.k_proj.bias != 0).all()
+    folded = before.k_proj.weight * old.model.layers[0].input_layernorm.weight
+    drawn = linears(fresh_model(model.config, 0))["model.layers.0.self_attn.k_proj"].weight
+    assert scale[0].item() == pytest.approx((0.5 * drawn.std() / folded.std()).item(), rel=1e-4)
+
+
+def test_layers_may_lack_a_half():
+    shape = PerLayerShape(48, 12, (LayerShape(4, 2, 0), LayerShape(0, 0, 80)))
+    config = per_layer_config(LlamaConfig(**SIZES), shape)
+    model = fresh_model(config, 1)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(9)
+    shrink_and_perturb(model, keep=0.5, seed=0)
+    for name, module in linears(model.model.layers).items():
+        assert module.weight.std() < 0.04, name
+    assert answers(model).isfinite().all()
