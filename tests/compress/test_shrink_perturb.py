@@ -1,4 +1,4 @@
-"""Pruned weights before a long restoration: as small as new ones, half of them kept, one function of the seed."""
+"""Pruned weights before a long restoration: small as new ones, half of them kept, and one seed decides."""
 
 import pytest
 import torch
