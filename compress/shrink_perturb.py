@@ -1,8 +1,8 @@
 """Weights that training can move again: the pruned ones made as small as new ones, and mixed with those.
 
-What a cut leaves of a trained model has weights of every size: an `o_proj` entry of 50 beside others of 0.01
-was seen, where new weights are 0.02. Distillation from there is slow, and after a deep cut slower than from
-random weights. Source: shrink and perturb, Ash and Adams (arXiv 1910.08475).
+What a cut leaves of a trained model has weights of every size, where new ones are all alike. Distillation from
+there is slow, and after a deep cut slower than from random weights (the `as-cut` row of `benchmarks/quality`).
+Source: shrink and perturb, Ash and Adams (arXiv 1910.08475).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Pruned weights before a long restoration: small as new ones, half of them kept, and one seed decides."""
+"""Pruned weights before a long restoration: small as new ones, mixed with those, and one seed decides."""
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def test_folding_the_norms_changes_no_answer():
     torch.testing.assert_close(answers(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_half_kept_is_half_of_either():
+def test_what_is_not_kept_is_filled_up_with_new_weights():
     old, model = trained(LlamaConfig(**SIZES)), trained(LlamaConfig(**SIZES))
     shrink_and_perturb(model, keep=0.5, seed=3)
     name = "model.layers.1.mlp.down_proj"
