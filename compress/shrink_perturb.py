@@ -1,7 +1,7 @@
 """Weights that training can move again: the pruned ones made as small as new ones, and mixed with those.
 
-What a cut leaves of a trained model has weights of every size, where new ones are all alike. Distillation from
-there is slow, and after a deep cut slower than from random weights (the `as-cut` row of `benchmarks/quality`).
+What a cut leaves of a trained model has weights of every size, where new ones are all alike. Distillation
+from there is slow, and after a deep cut slower than from random weights (`as-cut` in `benchmarks/quality`).
 Source: shrink and perturb, Ash and Adams (arXiv 1910.08475).
 """
 
