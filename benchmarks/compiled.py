@@ -40,7 +40,9 @@ def main() -> None:
     names = ("as written", "compiled")
     models = {name: new_model(preset, tokenizer, max_positions=ROW_TOKENS) for name in names}
     begun = time.monotonic()
-    if not compile_layers(models["compiled"], steps=LONG_RUN_STEPS, row_tokens=ROW_TOKENS, device="cpu"):
+    if not compile_layers(
+        models["compiled"], steps=LONG_RUN_STEPS["cpu"], row_tokens=ROW_TOKENS, device="cpu"
+    ):
         raise SystemExit("compiled: no C++ compiler here")
     _step(models["compiled"], rows)
     compiling = time.monotonic() - begun

@@ -10,7 +10,6 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
     """Return README.md: front matter that the hub reads, then what was done and what it kept."""
     parameters, shape = report["parameters"], report["shape"]
     full_metrics, pruned_metrics = (report["metrics"][which]["test"] for which in ("full", "pruned"))
-    checked = report["verify"]
     retained = ", ".join(f"{k.upper()} {v:.1%}" for k, v in report["retained"].items() if v is not None)
     front = {
         "base_model": str(full.training.get("base") or full.directory.resolve().name),
@@ -75,9 +74,7 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
         "",
         f"    serve --model {name}",
         "",
-        f"{_loading(report)} Greedy tokens of "
-        f"both were {'equal' if checked['greedy_equal'] else 'NOT equal'} on {checked['prompts']} prompts "
-        f"(largest log-probability difference {checked['max_abs_logprob_diff']:.1e}).",
+        f"{_loading(report)} {_parity(report['verify'])}",
         "",
         "## Limits",
         "",
@@ -86,6 +83,16 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
         "",
     ]
     return "\n".join(lines)
+
+
+def _parity(checked: dict[str, Any] | None) -> str:
+    if checked is None:
+        return "It was not verified in vLLM."
+    return (
+        f"Greedy tokens of both were {'equal' if checked['greedy_equal'] else 'NOT equal'} on "
+        f"{checked['prompts']} prompts (largest log-probability difference "
+        f"{checked['max_abs_logprob_diff']:.1e})."
+    )
 
 
 def _loading(report: dict[str, Any]) -> str:

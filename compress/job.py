@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compress.plan import Plan
 from compress.recipe import Recipe
 from models.checkpoint import Recommender
 from models.data import Dataset
 from models.vocabulary import Trimmed
+
+Engine = Literal["vllm", "transformers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Job:
     plan_only: bool = False
     shared: Path | None = None
     """where what the full model said is kept for runs that differ in the recipe alone; None: not kept"""
+    ranked_by: Engine = "vllm"
+    """`transformers`, for measurements on machines without vLLM: the result is not verified in vLLM"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Run:
     seed: int
     device: str
     shared: Path | None
+    ranked_by: Engine
     settings: dict[str, Any]
     """all that the result depends on; a run with the same settings gives the same result"""
 

@@ -28,9 +28,16 @@ class Yardstick:
             found = engine.log_probability(self._prompts, self.examples.targets.tolist())
         return -float(np.mean(found))
 
+    def ndcg(self, model: PreTrainedModel) -> float:
+        """Return NDCG@10 by exact search."""
+        return self._ranked(model)["ndcg@10"]
+
     def measure(self, model: PreTrainedModel) -> dict[str, float]:
         """Return ranking metrics by exact search, and `nll`."""
+        return {**self._ranked(model), "nll": self.nll(model)}
+
+    def _ranked(self, model: PreTrainedModel) -> dict[str, float]:
         engine = TransformersEngine(model, self.recommender.trie)
         with fast_products(model.device.type):
-            found = evaluate(engine, self.recommender.prompter, self.examples)
-        return {**found.metrics, "nll": self.nll(model)}
+            found = evaluate(engine, self.recommender.prompter, self.examples, batch_size=len(self.examples))
+        return found.metrics

@@ -259,6 +259,8 @@ def _quantization(report: dict[str, Any]) -> list[str]:
 
 def _verification(report: dict[str, Any]) -> str:
     checked = report["verify"]
+    if checked is None:
+        return "<p>Not verified in vLLM: ranked by transformers, on a machine without it.</p>"
     same = "the same" if checked["greedy_equal"] else "other"
     return (
         f"<p>transformers and {escape(checked['engine'])} (fp32) choose {same} greedy tokens on "

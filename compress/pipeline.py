@@ -44,7 +44,8 @@ def compress(job: Job) -> Path | None:
         print("\n\n".join([run.plan.describe(), *_layout(run), _cost(run)]), flush=True)
     if job.plan_only:
         return None
-    check_vllm_installed()
+    if job.ranked_by == "vllm":
+        check_vllm_installed()
     out = job.out or inputs.default_out(_data_spec(job, run.full), job.target)
     if result_of(out, run.settings):
         _say(processes, f"{out}: already there, made with the same settings")
@@ -118,7 +119,9 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None
     if trimmed:
         plan = plan.with_vocabulary(len(trimmed.rows))
-    tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
+    tokens = job.restore_tokens or recipe.default_tokens(
+        _title_tokens(full, data), plan.counts[-1].non_embedding
+    )
     settings = {
         "recipe": job.recipe,
         "parameters": plan.budget,
@@ -144,6 +147,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         seed=job.seed,
         device=device,
         shared=job.shared,
+        ranked_by=job.ranked_by,
         settings=settings,
     )
 

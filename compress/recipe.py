@@ -46,10 +46,14 @@ class Recipe:
     layers_by: Literal["kl", "perplexity"] = "kl"
     """what the removal of a layer is judged by"""
     calibration_rows: int = 256
+    keep_titles: float = 1.0
+    """share of the titles of a stream that a drawing reads"""
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 4.0
-    """default budget: title tokens of one drawing, so many times"""
+    """default budget: title tokens of one drawing, so many times, and at least"""
+    tokens_per_parameter: float = 2.0
+    """of the pruned model, embeddings not counted"""
     batch_tokens: int = 4096
     validation_users: int = 1000
     weights: LossWeights | None = None
@@ -67,9 +71,10 @@ class Recipe:
             return LossWeights(valid=1.0)
         return LossWeights(valid=0.5, vocabulary=0.5)
 
-    def default_tokens(self, title_tokens: int) -> int:
-        """Return the restoration budget for data with so many title tokens in its training part."""
-        return max(1, round(self.passes * title_tokens))
+    def default_tokens(self, title_tokens: int, parameters: int) -> int:
+        """Return the restoration budget for data with so many title tokens in its training part, and a
+        pruned model of so many non-embedding parameters."""
+        return max(1, round(self.passes * title_tokens), round(self.tokens_per_parameter * parameters))
 
 
 RECIPES = {

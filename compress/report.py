@@ -40,7 +40,8 @@ class Evidence:
     """`full`, `pruned`, `baselines`"""
     compared: dict[str, Paired]
     """full against pruned, user by user"""
-    parity: Parity
+    parity: Parity | None
+    """None where there was no vLLM to verify in"""
     seed: int
     versions: dict[str, str]
     finishing_seconds: float
@@ -84,7 +85,7 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         "retained": {name: evidence.compared[name].retained for name in ("hr@10", "ndcg@10")},
         "compared": {name: asdict(found) for name, found in evidence.compared.items()},
         "baselines": {name: {"test": metrics} for name, metrics in tests["baselines"].items()},
-        "verify": asdict(evidence.parity),
+        "verify": asdict(evidence.parity) if evidence.parity else None,
         **({"quantization": _quantization(evidence.quantized, pruned)} if evidence.quantized else {}),
         "seed": evidence.seed,
         "versions": evidence.versions,

@@ -53,7 +53,7 @@ class RestoreSettings:
     """of the pruned weights where training begins: `compress.shrink_perturb`"""
     batch_rows: int = 16
     warmup_share: float = 0.05
-    evaluations: int = 5
+    evaluations: int
     seed: int = 0
     device: str = "cpu"
     weights: LossWeights = field(default_factory=lambda: LossWeights(valid=0.5, vocabulary=0.5))
@@ -67,7 +67,7 @@ class Course:
     tokens: int
     best_step: int
     curve: list[dict[str, float]]
-    """by evaluation: `tokens`, `nll`"""
+    """by evaluation: `tokens`, `nll`, and `ndcg@10` where that chose the best"""
     losses: list[dict[str, float]]
     """by log entry: `tokens`, `loss`, `kl_valid`, `kl_vocabulary`"""
 
@@ -88,6 +88,7 @@ def restore(
     rows: RestorationRows,
     trie: Trie,
     validate: Callable[[PreTrainedModel], float],
+    rank: Callable[[PreTrainedModel], float] | None = None,
     directory: Path,
     settings: RestoreSettings,
 ) -> Restored:
@@ -99,12 +100,14 @@ def restore(
     Args:
         teacher_head: the unpruned model's head `[vocabulary, teacher hidden]`, fp32.
         validate: negative log-likelihood of the next item on validation users, nats; lower is better.
+        rank: NDCG@10 on validation users, for models that were chosen by it; None: the NLL decides.
 
     Raises:
         LeanRecError: it diverges; says where the best state is.
     """
     checkpoint = _last_checkpoint(directory)
-    arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
+    chosen_by = "ndcg@10" if rank else "nll"
+    arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
     compile_layers(student, steps=arguments.max_steps, row_tokens=rows.row_tokens, device=settings.device)
@@ -117,6 +120,7 @@ def restore(
         valid_tokens=ValidTokens(trie, arguments.device),
         weights=settings.weights,
         validate=validate,
+        rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
     )
@@ -127,9 +131,10 @@ def restore(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
     tokens_a_step = settings.batch_rows * rows.mean_tokens
-    curve = _entries(state.log_history, ("eval_nll",), tokens_a_step)
+    curve = _entries(state.log_history, ("eval_nll", "eval_ndcg@10")[: 2 if rank else 1], tokens_a_step)
     best_step = state.best_global_step or 0
-    if curve[0]["nll"] <= min(entry["nll"] for entry in curve[1:]):
+    sign = -1 if rank else 1
+    if sign * curve[0][chosen_by] <= min(sign * entry[chosen_by] for entry in curve[1:]):
         best_step = 0
     course = Course(
         steps=state.global_step,
@@ -153,7 +158,7 @@ def training_steps(rows: RestorationRows, settings: RestoreSettings) -> tuple[in
 
 
 def _arguments(
-    rows: RestorationRows, directory: Path, settings: RestoreSettings, *, resumed: bool
+    rows: RestorationRows, directory: Path, settings: RestoreSettings, *, chosen_by: str, resumed: bool
 ) -> TrainingArguments:
     steps, every = training_steps(rows, settings)
     cuda = settings.device == "cuda"
@@ -178,8 +183,8 @@ def _arguments(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="nll",
-        greater_is_better=False,
+        metric_for_best_model=chosen_by,
+        greater_is_better=chosen_by != "nll",
         seed=settings.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,
@@ -217,13 +222,15 @@ class DistillationTrainer(Trainer):
         valid_tokens: ValidTokens,
         weights: LossWeights,
         validate: Callable[[PreTrainedModel], float],
+        rank: Callable[[PreTrainedModel], float] | None,
         start: Path,
         guess: float,
         **arguments: Any,
     ) -> None:
         super().__init__(data_collator=collate, **arguments)
         self._teacher_head = teacher_head.to(self.args.device)
-        self._valid_tokens, self._weights, self._validate = valid_tokens, weights, validate
+        self._valid_tokens, self._weights = valid_tokens, weights
+        self._validate, self._rank = validate, rank
         self._start, self._guess = start, guess
         self._sums = torch.zeros(3, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
@@ -262,8 +269,12 @@ class DistillationTrainer(Trainer):
 
     def _stop(self, reason: str) -> NoReturn:
         """Raise LeanRecError with where the best state is: a checkpoint that stays in the work directory."""
-        best, nll = self.state.best_model_checkpoint, self.state.best_metric
-        kept = f"{best} (validation NLL {nll:.4f})" if best else f"{self._start}, as it was before"
+        best, metric = self.state.best_model_checkpoint, str(self.args.metric_for_best_model).upper()
+        kept = (
+            f"{best} (validation {metric} {self.state.best_metric:.4f})"
+            if best
+            else f"{self._start}, as it was before"
+        )
         raise LeanRecError(
             f"restoration: diverged at step {self.state.global_step}: {reason}. The best state is kept in "
             f"{kept}. Try another --seed or fewer --restore-tokens; if it happens at once, look for extreme "
@@ -271,16 +282,18 @@ class DistillationTrainer(Trainer):
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return `eval_nll` of the model as it is; stop a run that has come apart."""
+        """Return `eval_nll`, and `eval_ndcg@10` where it chooses, of the model as it is; stop a run that has
+        come apart."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         with as_written():
             nll = self._validate(model)
+            ranked = {"eval_ndcg@10": self._rank(model)} if self._rank else {}
         first = next((entry["eval_nll"] for entry in self.state.log_history if "eval_nll" in entry), nll)
         if not nll <= DIVERGED * max(first, self._guess):
             self._stop(f"the validation NLL is {nll:.3g}, {first:.3g} at the start")
-        metrics = {"eval_nll": nll}
+        metrics = {"eval_nll": nll, **ranked}
         model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

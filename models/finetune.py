@@ -5,7 +5,7 @@ import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.compiled import as_written, compile_layers
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
+from models.evaluate import evaluate
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
@@ -31,6 +32,7 @@ SMOLLM2 = "smollm2-135m"
 COST = "training.json"
 VALIDATION_USERS = 1000
 """who tell the states of a training run apart"""
+ChosenBy = Literal["nll", "ndcg@10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +44,15 @@ class FinetuneConfig:
     data: str
     out: Path
     epochs: int | None = None
-    """Passes over the training targets; None for 10 from scratch and 3 from a checkpoint."""
+    """Passes over the training targets; None for 10."""
     learning_rate: float | None = None
     """Peak; None for 4e-3 from scratch and 3e-4 from a checkpoint."""
     batch_tokens: int = 2048
     max_history: int | None = None
     """Titles a prompt holds; None for the preset's own, or 20."""
+    keep_titles: float = 0.85
+    """Share of the titles of a stream that an epoch reads, drawn anew each time: a model that meets the same
+    streams again and again recites them."""
     template: str = STREAM_TEMPLATE
     separator: str = "\n"
     loss: str = "valid"
@@ -92,7 +97,8 @@ def finetune(config: FinetuneConfig) -> Path:
     recommender = Recommender(
         directory=out, config=model.config, tokenizer=tokenizer, catalog=data.catalog, prompt=prompt
     )
-    trainer = _trainer(config, recommender, model, data, work=work, scratch=scratch)
+    chosen_by: ChosenBy = "nll" if scratch else "ndcg@10"
+    trainer = _trainer(config, recommender, model, data, work=work, chosen_by=chosen_by)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if trainer.is_world_process_zero():
         write_recommender(
@@ -106,6 +112,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 "split": "given" if find_source(config.data).has_splits else "leave-one-out",
                 "seed": config.seed,
                 "base": config.base,
+                "chosen_by": chosen_by,
                 "settings": settings,
             },
             extra_files={COST: json.dumps(trainer.cost(), indent=2)},
@@ -156,14 +163,14 @@ def _trainer(
     data: Dataset,
     *,
     work: Path,
-    scratch: bool,
+    chosen_by: ChosenBy,
 ) -> "RecommenderTrainer":
-    epochs = config.epochs or (10 if scratch else 3)
+    scratch = chosen_by == "nll"
+    epochs = config.epochs or 10
     rows = PackedStreams(
         data.train,
         recommender,
-        # A new model reads each stream ten times: leaving out other titles each time keeps it from reciting.
-        StreamConfig(keep_share=0.85 if scratch else 1.0),
+        StreamConfig(keep_share=config.keep_titles),
         epochs=epochs,
         seed=config.seed,
     )
@@ -182,6 +189,7 @@ def _trainer(
         recommender=recommender,
         data=data,
         loss=config.loss,
+        chosen_by=chosen_by,
         model=model,
         train_dataset=rows,
         eval_dataset=rows,  # not read: evaluation ranks the validation users; Trainer asks for one
@@ -206,8 +214,8 @@ def _trainer(
             save_steps=max(1, steps_per_epoch * epochs // 4),
             save_total_limit=2,
             load_best_model_at_end=True,
-            metric_for_best_model="nll",
-            greater_is_better=False,
+            metric_for_best_model=chosen_by,
+            greater_is_better=chosen_by != "nll",
             logging_steps=max(1, steps_per_epoch // 4),
             report_to=list(config.report_to),
             remove_unused_columns=False,
@@ -221,16 +229,21 @@ def _trainer(
 
 
 class RecommenderTrainer(Trainer):
-    """Trains on packed rows and keeps the best state by the NLL of the next item on validation users.
+    """Trains on packed rows and keeps the best state by what validation users tell.
 
-    Ranking metrics of a thousand users differ between neighbouring states by less than their own error;
-    the negative log-likelihood, renormalised over the catalogue, tells them apart, and costs one search less.
+    From scratch that is the NLL of the next item, renormalised over the catalogue: ranking metrics of a
+    thousand users differ between neighbouring states by less than their own error, and it costs one search
+    less. A pretrained model comes to recite what it read, and is ever surer of it: its NLL grows from the
+    second epoch on while it still ranks better and better, so there NDCG@10 decides.
     """
 
-    def __init__(self, *, recommender: Recommender, data: Dataset, loss: str, **arguments: Any) -> None:
+    def __init__(
+        self, *, recommender: Recommender, data: Dataset, loss: str, chosen_by: ChosenBy, **arguments: Any
+    ) -> None:
         super().__init__(**arguments)
         self.recommender = recommender
         self.loss = loss
+        self.chosen_by = chosen_by
         self.users = data.valid.sample(VALIDATION_USERS, self.args.seed)
         histories = self.users.histories
         self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
@@ -273,11 +286,16 @@ class RecommenderTrainer(Trainer):
         return valid_cross_entropy(self.valid_tokens, hidden[learnt], weight, nodes[learnt], next_ids[learnt])
 
     def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Return the negative log-likelihood of the next item on validation users, nats."""
+        """Return the negative log-likelihood of the next item on validation users, nats, and NDCG@10 where
+        it decides."""
         engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
         with as_written(), self.autocast_smart_context_manager():
             found = engine.log_probability(self.prompts, self.users.targets.tolist())
-        metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
+            metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
+            if self.chosen_by != "nll":
+                prompter, users = self.recommender.prompter, self.users
+                ranked = evaluate(engine, prompter, users, batch_size=len(users)).metrics
+                metrics[f"{metric_key_prefix}_{self.chosen_by}"] = ranked[self.chosen_by]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics

@@ -24,6 +24,13 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--batch-tokens", type=_positive, default=2048, help="tokens a step and device")
     arguments.add_argument("--max-history", type=_positive, help="titles a prompt holds (20; demo: 50)")
     arguments.add_argument(
+        "--keep-titles",
+        type=_share,
+        default=0.85,
+        metavar="SHARE",
+        help="share of each history that an epoch reads, drawn anew each time (0.85): less recites less",
+    )
+    arguments.add_argument(
         "--template", help="file with a Jinja2 prompt template; `history` is a list of titles"
     )
     arguments.add_argument("--separator", default="\n", help="end marker of a title")
@@ -48,6 +55,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
@@ -62,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         learning_rate=options.learning_rate,
         batch_tokens=options.batch_tokens,
         max_history=options.max_history,
+        keep_titles=options.keep_titles,
         template=Path(options.template).read_text(encoding="utf-8") if options.template else STREAM_TEMPLATE,
         separator=options.separator,
         loss=options.loss,

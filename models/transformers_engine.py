@@ -13,6 +13,9 @@ from models.head import ChildHead
 from models.search import BestFirstSearch, SearchRequest, SearchResult, SearchSettings, run_searches
 from models.trie import Trie
 
+CPU_BATCH, GPU_BATCH = 32, 256
+"""Prompts searched at once: more spill a CPU's caches, fewer leave a GPU idle."""
+
 
 class TransformersEngine:
     """Batched search by tree attention.
@@ -25,13 +28,14 @@ class TransformersEngine:
         self,
         model: PreTrainedModel,
         trie: Trie,
-        settings: SearchSettings = SearchSettings(),  # noqa: B008 - frozen
-        batch_size: int = 32,
+        settings: SearchSettings | None = None,
+        batch_size: int | None = None,
     ) -> None:
+        device = model.device.type
         self.model = model
         self.trie = trie
-        self.settings = settings
-        self.batch_size = batch_size
+        self.settings = settings or SearchSettings.on(device)
+        self.batch_size = batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
         self.timings = Timings(0.0, 0.0)
         self.refresh()
 
@@ -103,8 +107,8 @@ class _Place:
 
     slots: list[int]
     """Cache columns of the whole path below the prompt."""
-    hidden: torch.Tensor
-    """Final hidden state of the last token `[hidden]`."""
+    state: int
+    """Row of `_TreeCache.states` with the final hidden state of its last token."""
 
 
 class _TreeCache:
@@ -114,23 +118,23 @@ class _TreeCache:
         self.model, self.trie = model, trie
         self.device = model.device
         self.lengths = [len(p) for p in prompts]
-        width = max(self.lengths)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        self.columns = max(self.lengths)
+        """of the cache so far"""
+        ids = np.zeros((len(prompts), self.columns), np.int64)
         # Right padding: positions stay 0, 1, 2... and masked columns are never attended to.
-        self.columns = torch.zeros(len(prompts), width, dtype=torch.bool)
         for b, prompt in enumerate(prompts):
-            ids[b, : len(prompt)] = torch.tensor(prompt)
-            self.columns[b, : len(prompt)] = True
+            ids[b, : len(prompt)] = prompt
+        mask = np.arange(self.columns) < np.array(self.lengths)[:, None]
         self.cache = DynamicCache(config=model.config)
         output = model.base_model(
-            input_ids=ids.to(self.device),
-            attention_mask=self.columns.long().to(self.device),
+            input_ids=torch.from_numpy(ids).to(self.device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(self.device),
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.places: list[dict[int, _Place]] = [
-            {-1: _Place([], output[b, length - 1])} for b, length in enumerate(self.lengths)
-        ]
+        self.states = _picked(output, [(b, length - 1) for b, length in enumerate(self.lengths)])
+        """Final hidden states of prompts and nodes `[places, hidden]`."""
+        self.places: list[dict[int, _Place]] = [{-1: _Place([], b)} for b in range(len(prompts))]
         if trie.depth[0] == 0:
             for place in self.places:
                 place[0] = place[-1]
@@ -140,39 +144,45 @@ class _TreeCache:
         new = [(b, node) for b, node in pairs if node not in self.places[b]]
         if new:
             self._append(new)
-        return torch.stack([self.places[b][node].hidden for b, node in pairs])
+        rows = torch.tensor([self.places[b][node].state for b, node in pairs])
+        return self.states[rows.to(self.device)]
 
     def _append(self, pairs: list[tuple[int, int]]) -> None:
-        base = self.columns.shape[1]
+        base, states = self.columns, len(self.states)
         rows: list[list[tuple[int, int, list[int]]]] = [[] for _ in self.lengths]  # token, position, attended
-        ends: list[tuple[int, int, int]] = []
+        ends: list[tuple[int, int]] = []
         for b, node in pairs:
-            above = self.places[b][int(self.trie.parent[node])]
-            slots = list(above.slots)
+            slots = list(self.places[b][int(self.trie.parent[node])].slots)
             for token in self.trie.edge(node).tolist():
                 slots = [*slots, base + len(rows[b])]
                 rows[b].append((token, self.lengths[b] + len(slots) - 1, slots))
-            self.places[b][node] = _Place(slots, above.hidden)  # hidden is filled in below
-            ends.append((b, node, len(rows[b]) - 1))
+            self.places[b][node] = _Place(slots, states + len(ends))
+            ends.append((b, len(rows[b]) - 1))
         width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        positions = torch.zeros(len(rows), width, dtype=torch.long)
-        allowed = torch.zeros(len(rows), width, base + width, dtype=torch.bool)
+        ids = np.zeros((len(rows), width), np.int64)
+        positions = np.zeros((len(rows), width), np.int64)
+        allowed = np.zeros((len(rows), width, base + width), bool)
         for b, tokens in enumerate(rows):
             allowed[b, :, : self.lengths[b]] = True
             for t, (token, position, slots) in enumerate(tokens):
                 ids[b, t], positions[b, t] = token, position
                 allowed[b, t, slots] = True
-        mask = torch.zeros(allowed.shape, dtype=self.model.dtype).masked_fill_(
-            ~allowed, torch.finfo(self.model.dtype).min
+        attended = torch.from_numpy(allowed).to(self.device)
+        mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
+            ~attended, torch.finfo(self.model.dtype).min
         )
         output = self.model.base_model(
-            input_ids=ids.to(self.device),
-            position_ids=positions.to(self.device),
-            attention_mask=mask[:, None].to(self.device),
+            input_ids=torch.from_numpy(ids).to(self.device),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask=mask[:, None],
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.columns = torch.cat([self.columns, torch.zeros(len(rows), width, dtype=torch.bool)], 1)
-        for b, node, t in ends:
-            self.places[b][node].hidden = output[b, t]
+        self.columns += width
+        self.states = torch.cat([self.states, _picked(output, ends)])
+
+
+def _picked(output: torch.Tensor, at: list[tuple[int, int]]) -> torch.Tensor:
+    """Return the rows of `[batch, seq, hidden]` at (batch, position), `[rows, hidden]`."""
+    index = torch.tensor(at).to(output.device)
+    return output[index[:, 0], index[:, 1]]

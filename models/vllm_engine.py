@@ -57,8 +57,7 @@ def open_engine(
     setup = SearchSetup(
         trie=recommender.trie,
         head_weight=read_head_weight(recommender),
-        # A GPU is bound by the number of forwards, a CPU by their tokens.
-        settings=settings or (SearchSettings() if on_cpu else SearchSettings(width=32, subtree=8)),
+        settings=settings or SearchSettings.on(config.device_config.device_type),
         forward_tokens=CPU_FORWARD_TOKENS if on_cpu else config.scheduler_config.max_num_batched_tokens,
         tensors=checkpoint_tensors(recommender),
     )

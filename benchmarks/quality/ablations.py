@@ -21,5 +21,6 @@ ABLATIONS: dict[str, Recipe] = {
             Stage(cuts=("depth",), share=0.9, keep=0.5),
         ),
     ),
+    "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }

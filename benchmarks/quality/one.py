@@ -2,10 +2,12 @@
 
     python -m benchmarks.quality.one --model DIR --data D --out DIR --shared DIR --target 5% ...
 
-As `compress`, but runs of one full model share what it said about the training rows and the test users.
+As `compress`, but runs of one full model share what it said about the training rows and the test users, and
+on a machine without vLLM (a lent GPU, say) transformers ranks.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -29,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     from compress.pipeline import compress
 
     RECIPES.update(ABLATIONS)  # in this process alone
-    compress(Job(**vars(options)))
+    has_vllm = importlib.util.find_spec("vllm") is not None
+    compress(Job(**vars(options), ranked_by="vllm" if has_vllm else "transformers"))
     return 0
 
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loadtest.machine import describe_machine
 from models.atomic import write_json
 from models.finetune import COST
@@ -62,6 +64,7 @@ def compression_row(
         "seconds_by_step": report["seconds_by_step"],
         "peak_memory_bytes": report["peak_memory_bytes"],
         **_quality(tested),
+        "ranked_by": "vllm" if report["verify"] else "transformers",
         "retained": report["retained"],
         "compared": {name: report["compared"][name] for name in ("hr@10", "ndcg@10")},
         "curve": [point for stage in stages for point in stage["curve"]],
@@ -93,7 +96,7 @@ def full_row(report: Mapping[str, Any], model: Path, *, settings: Mapping[str, A
         "shape": report["shape"]["full"],
         "restoration_tokens": None,
         **{name: taken.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes")},
-        "settings": training["settings"],
+        "settings": {**training["settings"], "data": Path(str(settings["data"])).name},
         **_quality(report["metrics"]["full"]["test"]),
         "data_sha256": settings["data_sha256"],
         "versions": report["versions"],
@@ -133,8 +136,9 @@ def _place() -> Row:
     machine = describe_machine()
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return {
-        "hardware": f"{machine['cores']} x {machine['cpu']}",
+        "hardware": f"{gpu}{machine['cores']} x {machine['cpu']}",
         "threads": int(os.environ.get("OMP_NUM_THREADS", machine["cores"])),
         "commit": commit or "unknown",
     }

@@ -17,6 +17,8 @@ class Set:
     max_history: int
     """titles of a prompt: 10 by the protocol of the `_d3` sets"""
     learning_rate: float
+    batch_tokens: int = 2048
+    keep_titles: float = 0.85
     vocab: str
     """what `compress --vocab` takes"""
 
@@ -32,43 +34,30 @@ SETS = {
         Set(
             name="amazon18_cds_vinyl_d3",
             base="smollm2-135m",
-            epochs=3,
+            epochs=10,
             max_history=10,
-            learning_rate=3e-4,
+            learning_rate=1e-3,
+            batch_tokens=8192,
+            keep_titles=0.8,
             vocab="catalog",
         ),
         Set(
             name="amazon18_video_games_d3",
             base="smollm2-135m",
-            epochs=3,
+            epochs=8,
             max_history=10,
-            learning_rate=3e-4,
+            learning_rate=1e-3,
+            batch_tokens=8192,
+            keep_titles=0.8,
             vocab="catalog",
-        ),
-        Set(
-            name="amazon18_cds_vinyl_d3",
-            label="cds-scratch",
-            base="base",
-            epochs=20,
-            max_history=10,
-            learning_rate=2e-3,
-            vocab="keep",
-        ),
-        Set(
-            name="amazon18_video_games_d3",
-            label="games-scratch",
-            base="base",
-            epochs=20,
-            max_history=10,
-            learning_rate=2e-3,
-            vocab="keep",
         ),
         Set(
             name="movielens_1m",
             base="base",
-            epochs=10,
+            epochs=18,
             max_history=50,
             learning_rate=2e-3,
+            batch_tokens=16384,
             vocab="keep",
         ),
         Set(name="ml-100k", base="demo", epochs=10, max_history=50, learning_rate=4e-3, vocab="keep"),

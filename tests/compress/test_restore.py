@@ -217,7 +217,7 @@ def test_teacher_states_beyond_fp16_are_refused(tiny, rows, tmp_path):
         cache_teacher(model, rows, tmp_path)
 
 
-SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, seed=3)
+SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, evaluations=5, seed=3)
 
 
 def run_restore(bench, directory, validate, settings=SETTINGS, start=None):

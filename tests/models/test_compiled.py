@@ -35,7 +35,7 @@ def test_compiled_layers_have_the_same_gradients_and_names():
     other.load_state_dict(plain.state_dict())
     rows = packed_rows()
     wanted = gradients(plain, rows)
-    assert compile_layers(other, steps=LONG_RUN_STEPS, row_tokens=32, device="cpu")
+    assert compile_layers(other, steps=LONG_RUN_STEPS["cpu"], row_tokens=32, device="cpu")
     found = gradients(other, rows)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
@@ -54,17 +54,17 @@ def test_attention_over_long_rows_keeps_no_scores():
     for tokens, expected in ((LONGEST_ROW, "eager"), (LONGEST_ROW + 1, "sdpa")):
         model = tiny_model("qwen3", 64)
         model.set_attn_implementation("sdpa")
-        assert compile_layers(model, steps=LONG_RUN_STEPS, row_tokens=tokens, device="cpu")
+        assert compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=tokens, device="cpu")
         assert model.config._attn_implementation == expected
 
 
-@pytest.mark.parametrize("case", ["short", "cuda", "no compiler", "per layer"])
+@pytest.mark.parametrize("case", ["short", "no compiler", "per layer"])
 def test_layers_are_left_alone_where_compiling_does_not_pay(case, monkeypatch):
     model = random_model("qwen3") if case == "per layer" else tiny_model("qwen3", 64)
     before = model.config._attn_implementation
     if case == "no compiler":
         monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    steps, device = LONG_RUN_STEPS - (case == "short"), "cuda" if case == "cuda" else "cpu"
-    assert not compile_layers(model, steps=steps, row_tokens=32, device=device)
+    steps = LONG_RUN_STEPS["cpu"] - (case == "short")
+    assert not compile_layers(model, steps=steps, row_tokens=32, device="cpu")
     assert model.config._attn_implementation == before
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
