@@ -27,6 +27,9 @@ TESTED_VLLM = ("0.32.0",)
 CPU_FORWARD_TOKENS = 600
 """More tokens a forward spill the CPU's caches and are slower per token."""
 
+GPU_SETTINGS = SearchSettings(width=32, subtree=8)
+"""A GPU is bound by the number of forwards, a CPU by their tokens."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -51,14 +54,14 @@ def open_engine(
     reason = _early_obstacle(arguments)
     if kind == "worker" and reason is None:
         arguments["worker_extension_cls"] = "models.vllm_worker.TrieSearchExtension"
+        arguments.setdefault("enforce_eager", True)  # the search captures graphs of its own
     llm = load_llm(recommender, arguments)
     config = llm.llm_engine.vllm_config
     on_cpu = config.device_config.device_type == "cpu"
     setup = SearchSetup(
         trie=recommender.trie,
         head_weight=read_head_weight(recommender),
-        # A GPU is bound by the number of forwards, a CPU by their tokens.
-        settings=settings or (SearchSettings() if on_cpu else SearchSettings(width=32, subtree=8)),
+        settings=settings or (SearchSettings() if on_cpu else GPU_SETTINGS),
         forward_tokens=CPU_FORWARD_TOKENS if on_cpu else config.scheduler_config.max_num_batched_tokens,
         tensors=checkpoint_tensors(recommender),
     )
