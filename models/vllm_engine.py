@@ -51,6 +51,7 @@ def open_engine(
     reason = _early_obstacle(arguments)
     if kind == "worker" and reason is None:
         arguments["worker_extension_cls"] = "models.vllm_worker.TrieSearchExtension"
+        arguments.setdefault("enforce_eager", True)  # the search captures graphs of its own
     llm = load_llm(recommender, arguments)
     config = llm.llm_engine.vllm_config
     on_cpu = config.device_config.device_type == "cpu"

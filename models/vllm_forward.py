@@ -4,16 +4,19 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from models import vllm_fused
 from models.vllm_fused import FusedModel
+from models.vllm_graphs import ForwardGraphs, Inputs
 
 LARGEST_ERROR = 0.1
-"""Share of a hidden state by which fused layers may differ: bf16 rounding makes about 0.01, a mistake 1."""
+"""Share of a hidden state by which faster layers may differ: bf16 rounding makes about 0.01, a mistake 1."""
+LARGEST_GRAPH = 2048
+"""Rows of the largest forward that is captured: beyond, kernels take longer than their launch."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,17 +94,34 @@ class PagedForward:
         self._max_queries: int = self._config.scheduler_config.max_num_seqs
         self.fused: FusedModel | None = None
         """What runs in place of vLLM's own layers, if anything does"""
+        self.graphs: ForwardGraphs | None = None
+        """vLLM's own layers ready to be replayed, on a GPU"""
 
     def fits(self, queries: int, tokens: int) -> bool:
         """Whether so much goes into one forward."""
         return queries <= self._max_queries and tokens <= self.max_tokens
 
-    def run(self, queries: Sequence[Query]) -> torch.Tensor:
+    def run(self, queries: Sequence[Query], copies: Sequence[tuple[int, int]] = ()) -> torch.Tensor:
         """Write the queries' KV and return the wanted hidden states, after the last norm, `[wanted, hidden]`.
 
         A query may read blocks that another query of the same call fills.
+
+        Args:
+            copies: KV blocks and where they are copied first, whole, in every layer; no more than queries.
         """
         layout = _layout(queries, self.block_size)
+        if self.graphs is not None:
+            hidden = self.graphs(
+                lambda inputs: layout.fill(inputs, copies),
+                rows=len(layout.tokens),
+                queries=len(queries),
+                wanted=len(layout.wanted),
+            )
+            if hidden is not None:
+                return hidden
+        if copies:
+            pairs = self._tensor(np.array(copies, np.int64))
+            self._copy_blocks(pairs[:, 0], pairs[:, 1])
         tokens, positions = self._tensor(layout.tokens), self._tensor(layout.positions)
         rows = self._tensor(layout.wanted)
         metadata = self._metadata(layout.lengths, layout.totals, layout.table, layout.slots, positions)
@@ -113,6 +133,10 @@ class PagedForward:
             slots, table = layout.slots[layout.wanted], layout.table[owners]
             lone = self._metadata(ones, ends, table, slots, positions[rows]) if len(ends) else None
             return self.fused(tokens, positions, metadata, rows, lone)
+        return self._own_layers(tokens, positions, metadata)[rows]
+
+    def _own_layers(self, tokens: torch.Tensor, positions: torch.Tensor, metadata: list[Any]) -> torch.Tensor:
+        """Return the hidden states of all rows by vLLM's own layers."""
         by_layer = {
             name: of_group
             for group, of_group in zip(self._groups, metadata, strict=True)
@@ -121,22 +145,50 @@ class PagedForward:
         with self._set_forward_context(
             by_layer,
             self._config,
-            num_tokens=len(layout.tokens),
+            num_tokens=len(tokens),
             slot_mapping=dict.fromkeys(by_layer, metadata[0].slot_mapping),
         ):
-            hidden = self._model(
+            hidden: torch.Tensor = self._model(
                 input_ids=tokens, positions=positions, intermediate_tensors=None, inputs_embeds=None
             )
-        return hidden[rows]
+        return hidden
 
-    def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole KV blocks in every layer."""
-        if not sources:
-            return
-        source = self._tensor(np.array(sources, np.int64))
-        target = self._tensor(np.array(targets, np.int64))
+    @torch.inference_mode()
+    def capture(self) -> ForwardGraphs:
+        """Return graphs of vLLM's own layers."""
+        return ForwardGraphs(
+            self._run_padded,
+            device=self.device,
+            most_rows=min(self.max_tokens, LARGEST_GRAPH),
+            most_queries=self._max_queries,
+            blocks=-(-self.max_length // self.block_size),
+        )
+
+    def _run_padded(self, inputs: Inputs) -> torch.Tensor:
+        """Run a forward that lies on the device; queries without rows and rows without a query may end it."""
+        self._copy_blocks(inputs.sources.long(), inputs.targets.long())
+        positions = inputs.positions.long()
+        common = self._common_metadata(
+            query_start_loc=inputs.starts,
+            # What is only known when a graph is replayed has no place on the host.
+            query_start_loc_cpu=torch.zeros(len(inputs.starts), dtype=torch.int32),
+            seq_lens=inputs.totals,
+            seq_lens_cpu_upper_bound=torch.full((len(inputs.totals),), self.max_length, dtype=torch.int32),
+            num_reqs=len(inputs.totals),
+            num_actual_tokens=len(inputs.tokens),
+            max_query_len=len(inputs.tokens),
+            max_seq_len=self.max_length,
+            block_table_tensor=inputs.table,
+            slot_mapping=inputs.slots.long(),
+            positions=positions,
+            causal=True,
+        )
+        metadata = [group.build_metadata(common) for group in self._groups]
+        return self._own_layers(inputs.tokens, positions, metadata)[inputs.wanted.long()]
+
+    def _copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         for cache in self._caches:
-            cache[target] = cache[source]
+            cache[targets] = cache[sources]
 
     def _metadata(
         self,
@@ -152,9 +204,9 @@ class PagedForward:
         )
         ends = torch.from_numpy(totals)
         common = self._common_metadata(
-            query_start_loc=boundaries.to(self.device),
+            query_start_loc=boundaries.to(self.device, non_blocking=True),
             query_start_loc_cpu=boundaries,
-            seq_lens=ends.to(self.device),
+            seq_lens=ends.to(self.device, non_blocking=True),
             seq_lens_cpu_upper_bound=ends,
             num_reqs=len(lengths),
             num_actual_tokens=len(slots),
@@ -180,12 +232,15 @@ def open_forward(
         tensors: Reads a tensor of the checkpoint by name.
     """
     forward = PagedForward(model_runner, max_tokens)
+    if forward.device.type == "cuda":
+        _open_graphs(forward, model_runner.vllm_config.model_config.get_vocab_size())
+        return forward
     if reason := vllm_fused.obstacle(model_runner):
         logger.info("vLLM's own layers run: %s", reason)
         return forward
     try:
         fused = FusedModel(model_runner, tensors, max_tokens)
-        error = _difference(forward, fused, model_runner.vllm_config.model_config.get_vocab_size())
+        error = _difference(forward, "fused", fused, model_runner.vllm_config.model_config.get_vocab_size())
     except (AttributeError, RuntimeError, TypeError) as failure:
         # Inner parts of another vLLM or PyTorch than was tested.
         logger.warning("vLLM's own layers run: the fused ones cannot (%s)", failure)
@@ -199,15 +254,34 @@ def open_forward(
     return forward
 
 
+def _open_graphs(forward: PagedForward, vocabulary: int) -> None:
+    """Let CUDA graphs run where they give what vLLM's layers give when they are called."""
+    try:
+        error = _difference(forward, "graphs", forward.capture(), vocabulary)
+    except (AssertionError, AttributeError, RuntimeError, TypeError) as failure:
+        # Attention that reads its lengths on the host, or inner parts of another vLLM than was tested.
+        logger.warning("the search runs without CUDA graphs, slower: they cannot be captured (%s)", failure)
+        forward.graphs = None
+        return
+    if not error <= LARGEST_ERROR:
+        logger.warning("the search runs without CUDA graphs, slower: they differ by %.3f", error)
+        forward.graphs = None
+
+
 @torch.inference_mode()
-def _difference(forward: PagedForward, fused: FusedModel, vocabulary: int) -> float:
-    """Let `fused` run in place of vLLM's layers; return by how much its hidden states differ, as a share."""
+def _difference(
+    forward: PagedForward, name: Literal["fused", "graphs"], faster: Any, vocabulary: int
+) -> float:
+    """Let `faster` run in place of vLLM's layers; return by how much its hidden states differ, as a share."""
     length = min(2 * forward.block_size + 3, forward.max_length)
     blocks = list(range(1, 2 + length // forward.block_size))
     tokens = np.random.default_rng(0).integers(vocabulary, size=length, dtype=np.int32)
-    probe = [Query(tokens, 0, blocks, list(range(length)))]
+    probe = [
+        Query(tokens, 0, blocks, list(range(length))),
+        Query(tokens[-2:], length - 2, blocks, [0, 1]),
+    ]
     expected = forward.run(probe).float()
-    forward.fused = fused
+    setattr(forward, name, faster)
     return float((forward.run(probe).float() - expected).norm() / expected.norm())
 
 
@@ -231,6 +305,20 @@ class _Layout:
     """int64 `[rows]`: where each row's keys and values go"""
     wanted: np.ndarray
     """int64 `[wanted]`: rows"""
+
+    def fill(self, inputs: Inputs, copies: Sequence[tuple[int, int]]) -> None:
+        """Write it into arrays of zeros, which may be longer: block 0 takes what the rows beyond it write."""
+        rows, queries = len(self.tokens), len(self.lengths)
+        inputs.tokens[:rows] = self.tokens
+        inputs.positions[:rows] = self.positions
+        inputs.slots[:rows] = self.slots
+        inputs.wanted[: len(self.wanted)] = self.wanted
+        inputs.starts[1 : queries + 1] = np.cumsum(self.lengths)
+        inputs.starts[queries + 1 :] = rows
+        inputs.totals[:queries] = self.totals
+        inputs.table[:queries, : self.table.shape[1]] = self.table
+        if copies:
+            inputs.sources[: len(copies)], inputs.targets[: len(copies)] = np.array(copies).T
 
 
 def _layout(queries: Sequence[Query], block_size: int) -> _Layout:

@@ -92,7 +92,7 @@ def _chosen(recommender: Recommender) -> dict[str, Any]:
         "enforce_eager": on_cpu,
         "block_size": CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else GPU_KV_CACHE_BYTES,
-        "max_num_seqs": 256,
+        "max_num_seqs": 256 if on_cpu else 1024,
         "use_tqdm_on_load": False,
         "seed": 0,
     }

@@ -255,8 +255,7 @@ class _Expansion:
             else:
                 kept.append((sequence, nodes, tail))
                 self._held += fresh
-        self._forward.copy_blocks([source for source, _ in copies], [target for _, target in copies])
-        hidden = self._forward.run(queries)
+        hidden = self._forward.run(queries, copies)
         self._lease.give_back(passing)
         for sequence, nodes, tail in kept:
             sequence.tails.update(dict.fromkeys(nodes, tail))

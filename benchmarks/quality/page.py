@@ -33,6 +33,7 @@ TITLES = {
     "vocabulary-kl": "LeanRec, KL over the vocabulary",
     "both-kl": "LeanRec, half of either KL",
     "two-stages": "LeanRec in two stages",
+    "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
     "as-cut": "LeanRec, restored from the weights as they were cut",
     "bigram": "last-item bigram",
     "popularity": "popularity",

@@ -1,15 +1,16 @@
 """One contender in a process of its own: reads work as JSON lines, writes what it measured.
 
-python -m benchmarks.serving.contender NAME DIRECTORY [MAX_EXPANSIONS]
+python -m benchmarks.serving.contender NAME DIRECTORY [MAX_EXPANSIONS] [--arguments JSON]
 """
 
+import argparse
 import json
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import psutil
 
 from benchmarks.serving.practice import Answer
 
-NAMES = ("generate", "beam-search", "async-loop", "pooling", "worker")
+NAMES = ("generate", "beam-search", "async-loop", "pooling", "worker", "worker-eager")
 KV_CACHE_BYTES = 512 * 2**20
 
 
@@ -27,43 +28,58 @@ class EngineContender:
     batch = 8
     """What the service's batcher puts together at most."""
 
-    def __init__(self, directory: Path, kind: Any, max_expansions: int | None) -> None:
+    def __init__(
+        self, directory: Path, kind: Any, max_expansions: int | None, arguments: Mapping[str, Any]
+    ) -> None:
+        import torch
+
         from models.checkpoint import read_recommender
         from models.search import SearchSettings
         from models.vllm_engine import open_engine
 
         self.recommender = read_recommender(directory)
-        settings = SearchSettings(max_expansions=max_expansions) if max_expansions else None
-        self.engine = open_engine(self.recommender, kind=kind, settings=settings)
+        usual = SearchSettings.on("cuda" if torch.cuda.is_available() else "cpu")
+        settings = replace(usual, max_expansions=max_expansions) if max_expansions else None
+        self.engine = open_engine(self.recommender, kind=kind, settings=settings, arguments=arguments)
         if self.engine.name != kind:
             raise RuntimeError(f"the engine is {self.engine.name}, not {kind}")
         self.tokens = 0
         if kind == "worker":
+            core = self.engine.llm.llm_engine.engine_core.engine_core
+            self.forward = core.model_executor.driver_worker.worker._trie_forward
             self._count_tokens()
 
     def _count_tokens(self) -> None:
-        core = self.engine.llm.llm_engine.engine_core.engine_core
-        forward = core.model_executor.driver_worker.worker._trie_forward
-        run = forward.run
+        run = self.forward.run
 
-        def counted(queries: Sequence[Any]) -> Any:
+        def counted(queries: Sequence[Any], *others: Any) -> Any:
             self.tokens += sum(len(query.tokens) for query in queries)
-            return run(queries)
+            return run(queries, *others)
 
-        forward.run = counted
+        self.forward.run = counted
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Answer one batch."""
         from models.search import SearchRequest
 
         results = self.engine.recommend([SearchRequest(prompt=list(prompt)) for prompt in prompts])
-        return [Answer(list(r.rows), r.exact, r.expansions, r.scores) for r in results]
+        return [Answer(list(r.rows), r.exact, r.expansions, r.scores, r.steps) for r in results]
 
 
-def open_contender(name: str, directory: Path, max_expansions: int | None) -> Any:
-    """Load a contender."""
+def open_contender(
+    name: str, directory: Path, max_expansions: int | None, engine: Mapping[str, Any] | None = None
+) -> Any:
+    """Load a contender.
+
+    Args:
+        engine: vLLM engine arguments by field name, for those that run on vLLM.
+    """
     if name in ("pooling", "worker"):
-        return EngineContender(directory, name, max_expansions)
+        return EngineContender(directory, name, max_expansions, engine or {})
+    if name == "worker-eager":
+        contender = EngineContender(directory, "worker", max_expansions, engine or {})
+        contender.forward.graphs = None
+        return contender
     from benchmarks.serving import practice
     from models.checkpoint import read_recommender
 
@@ -72,7 +88,14 @@ def open_contender(name: str, directory: Path, max_expansions: int | None) -> An
         return practice.GenerateContender(recommender)
     longest = max(map(len, recommender.prompter.title_tokens))
     length = -(-(recommender.prompt.max_history + 2) * longest // 64) * 64
-    arguments = {"max_model_len": length, "kv_cache_memory_bytes": KV_CACHE_BYTES, "seed": 0}
+    arguments: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "max_model_len": length,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "seed": 0,
+        **(engine or {}),
+    }
     if name == "async-loop":
         return practice.AsyncLoopContender(recommender, arguments)
     from models.vllm_model import prepare_environment
@@ -80,30 +103,28 @@ def open_contender(name: str, directory: Path, max_expansions: int | None) -> An
     prepare_environment()
     from vllm import LLM
 
-    llm = LLM(
-        model=str(directory),
-        dtype="bfloat16",
-        enforce_eager=True,
-        max_logprobs=2 * practice.BEAMS,
-        **arguments,
-    )
+    llm = LLM(model=str(directory), max_logprobs=2 * practice.BEAMS, **arguments)
     return practice.BeamSearchContender(recommender, llm)
 
 
 def closed_loop(
-    contender: Any, prompts: Sequence[Sequence[int]], clients: int
+    contender: Any, prompts: Sequence[Sequence[int]], clients: int, most: int | None = None
 ) -> tuple[list[Answer], list[float]]:
     """Answer all prompts as a service would that has `clients` users; return answers and latencies, seconds.
 
     Each client asks again as soon as it is answered; what waits is answered in batches, oldest first.
+
+    Args:
+        most: Requests in the largest batch; None for the contender's own.
     """
+    most = most or contender.batch
     answers: list[Answer] = []
     latencies: list[float] = []
     left = deque(prompts)
     now = time.perf_counter()
     waiting = deque((left.popleft(), now) for _ in range(min(clients, len(left))))
     while waiting:
-        batch = [waiting.popleft() for _ in range(min(contender.batch, len(waiting)))]
+        batch = [waiting.popleft() for _ in range(min(most, len(waiting)))]
         answers += contender.answer([prompt for prompt, _ in batch])
         now = time.perf_counter()
         latencies += [now - asked for _, asked in batch]
@@ -124,16 +145,21 @@ def processes() -> list[psutil.Process]:
 
 def main() -> None:
     """Serve work until the input ends."""
-    name, directory = sys.argv[1], Path(sys.argv[2])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.contender")
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("max_expansions", nargs="?", type=int)
+    parser.add_argument("--arguments", type=json.loads, default={}, help="vLLM engine arguments")
+    options = parser.parse_args()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is not part of the protocol
-    budget = int(sys.argv[3]) if len(sys.argv) > 3 else None
-    contender = open_contender(name, directory, budget)
+    contender = open_contender(options.name, options.directory, options.max_expansions, options.arguments)
     print("ready", file=out, flush=True)
     loop = getattr(contender, "closed_loop", None)
     for line in sys.stdin:
         work = json.loads(line)
-        run = loop or (lambda prompts, clients: closed_loop(contender, prompts, clients))
+        most = work.get("batch")
+        run = loop or (lambda prompts, clients, most=most: closed_loop(contender, prompts, clients, most))
         if work.get("earlier"):
             run(work["earlier"], work["clients"])
         tokens = getattr(contender, "tokens", 0)

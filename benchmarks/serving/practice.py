@@ -24,6 +24,7 @@ class Answer:
     exact: bool | None = None
     expansions: int | None = None
     scores: list[float] | None = None
+    steps: int | None = None
 
 
 def end_token(recommender: Recommender) -> int:
@@ -40,7 +41,8 @@ class GenerateContender:
     batch = 8
 
     def __init__(self, recommender: Recommender) -> None:
-        self._model = load_model(recommender, dtype=torch.bfloat16).eval()
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = load_model(recommender, dtype=torch.bfloat16, device=self._device).eval()
         self._end = end_token(recommender)
         self._rows: dict[tuple[int, ...], int] = {}
         self._trie: dict[int, Any] = {}
@@ -66,8 +68,8 @@ class GenerateContender:
             return list(node) or [self._end]
 
         generated = self._model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(self._device),
+            attention_mask=mask.to(self._device),
             num_beams=BEAMS,
             num_return_sequences=KEPT,
             max_new_tokens=self._longest,
@@ -136,8 +138,6 @@ class AsyncLoopContender:
             return AsyncLLM.from_engine_args(
                 AsyncEngineArgs(
                     model=str(recommender.directory),
-                    dtype="bfloat16",
-                    enforce_eager=True,
                     max_logprobs=-1,
                     logprobs_mode="processed_logprobs",
                     disable_log_stats=True,

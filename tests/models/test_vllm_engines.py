@@ -211,12 +211,12 @@ def test_a_failure_frees_its_blocks_and_its_prefixes(bench: Bench, monkeypatch: 
     forward = search._forward.run
     calls = 0
 
-    def fail_in_the_tree(queries: object) -> torch.Tensor:
+    def fail_in_the_tree(*arguments: object) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 3:
             raise RuntimeError("out of luck")
-        return forward(queries)
+        return forward(*arguments)
 
     monkeypatch.setattr(search._forward, "run", fail_in_the_tree)
     with pytest.raises(RuntimeError, match="out of luck"):
