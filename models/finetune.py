@@ -30,6 +30,8 @@ from models.transformers_engine import TransformersEngine
 
 SMOLLM2 = "smollm2-135m"
 COST = "training.json"
+BATCH_TOKENS, LEARNING_RATE = 8192, 1e-3
+"""of a pretrained model"""
 VALIDATION_USERS = 1000
 """who tell the states of a training run apart"""
 ChosenBy = Literal["nll", "ndcg@10"]
@@ -46,8 +48,9 @@ class FinetuneConfig:
     epochs: int | None = None
     """Passes over the training targets; None for 10."""
     learning_rate: float | None = None
-    """Peak; None for 4e-3 from scratch and 3e-4 from a checkpoint."""
-    batch_tokens: int = 2048
+    """Peak; None for the preset's own, or 1e-3."""
+    batch_tokens: int | None = None
+    """Tokens a step and device; None for the preset's own, or 8192."""
     max_history: int | None = None
     """Titles a prompt holds; None for the preset's own, or 20."""
     keep_titles: float = 0.85
@@ -174,7 +177,9 @@ def _trainer(
         epochs=epochs,
         seed=config.seed,
     )
-    batch = max(1, config.batch_tokens // rows.row_tokens)
+    preset = PRESETS.get(config.base)
+    batch_tokens = config.batch_tokens or (preset.batch_tokens if preset else BATCH_TOKENS)
+    batch = max(1, batch_tokens // rows.row_tokens)
     steps_per_epoch = max(1, rows.rows_per_epoch // batch)
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not cuda:
@@ -199,7 +204,7 @@ def _trainer(
             per_device_train_batch_size=batch,
             # Rows come in a seeded random order already, and any of them can be made on resume.
             train_sampling_strategy="sequential",
-            learning_rate=config.learning_rate or (4e-3 if scratch else 3e-4),
+            learning_rate=config.learning_rate or (preset.learning_rate if preset else LEARNING_RATE),
             lr_scheduler_type="cosine",
             warmup_steps=min(100, steps_per_epoch * epochs // 10),
             weight_decay=0.1 if scratch else 0.01,
@@ -253,9 +258,9 @@ class RecommenderTrainer(Trainer):
         self._begun = time.monotonic()
         self._earlier: float | None = None
 
-    def cost(self) -> dict[str, float]:
+    def cost(self) -> dict[str, Any]:
         """Return what training took: `seconds` with evaluations and without what an interruption lost,
-        `tokens` with padding, `tokens_per_second`, `peak_memory_bytes`."""
+        `tokens` with padding, `tokens_per_second`, `peak_memory_bytes`, and on which `device`."""
         seconds = max(entry["elapsed"] for entry in self.state.log_history)
         tokens = self.state.global_step * self.args.train_batch_size * self.row_tokens
         return {
@@ -263,6 +268,7 @@ class RecommenderTrainer(Trainer):
             "tokens": tokens,
             "tokens_per_second": round(tokens / seconds, 1),
             "peak_memory_bytes": peak_memory_bytes(),
+            "device": torch.cuda.get_device_name() if self.args.device.type == "cuda" else "cpu",
         }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -25,6 +25,9 @@ class Preset:
     vocabulary: int
     max_history: int
     """Titles a prompt holds: people on MovieLens rate a hundred films and more in a row."""
+    batch_tokens: int = 2048
+    """of a training step: the larger model learns much less from small ones"""
+    learning_rate: float = 4e-3
 
 
 PRESETS = {
@@ -47,6 +50,8 @@ PRESETS = {
         intermediate_size=1024,
         vocabulary=8192,
         max_history=50,
+        batch_tokens=16384,
+        learning_rate=2e-3,
     ),
 }
 

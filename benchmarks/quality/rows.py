@@ -95,7 +95,7 @@ def full_row(report: Mapping[str, Any], model: Path, *, settings: Mapping[str, A
         "total_parameters": report["parameters"]["full"]["total"],
         "shape": report["shape"]["full"],
         "restoration_tokens": None,
-        **{name: taken.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes")},
+        **{name: taken.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes", "device")},
         "settings": {**training["settings"], "data": Path(str(settings["data"])).name},
         **_quality(report["metrics"]["full"]["test"]),
         "data_sha256": settings["data_sha256"],

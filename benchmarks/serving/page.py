@@ -160,6 +160,49 @@ def profile_table(found: Mapping[str, Any]) -> Table:
     return Table("Where the time goes", note, cells)
 
 
+def gpu_table(rows: Rows) -> Table:
+    """Return what each contender takes on a GPU, by wall time; last those that gave no figure, and why."""
+    measured = [row for row in rows if "error" not in row]
+    base = {row["clients"]: row for row in measured if row["contender"] == "generate"}
+    names = (
+        "Contender|Model|Clients|Requests|p50 ms|p95 ms|Requests/s|Of generate's, one client|CPU ms/request"
+    )
+    cells: list[list[str]] = [[*names.split("|"), "Overlap@10", "Exact"]]
+    for row in measured:
+        times = row["requests_per_second"] / base[1]["requests_per_second"] if 1 in base else None
+        cells.append(
+            [
+                TITLES.get(str(row["contender"]), str(row["contender"])),
+                row["model"],
+                str(row["clients"]),
+                f"{row['requests']:,}",
+                f"{row['latency_ms']['p50']:.2f}",
+                f"{row['latency_ms']['p95']:.2f}",
+                f"{row['requests_per_second']:.2f}",
+                f"{times:.0f}x" if times else "",
+                f"{1e3 * row['cpu_seconds_per_request']:.2f}",
+                _share(row["overlap@10"]),
+                _share(row["exact_share"]),
+            ]
+        )
+    first = measured[0]
+    missed = "; ".join(
+        f"{' '.join(filter(None, (r.get('contender'), r['model'])))}: {r['error']}"
+        for r in rows
+        if "error" in r
+    )
+    packages = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
+    note = (
+        f"{first['hardware']}; {packages}; engine arguments {json.dumps(first['engine_arguments'])}; data "
+        f"{first['data']}; commit {first['commit']}, {first['date']}. In process, prompts of 20 titles, a "
+        "batch as large as there are clients. The checkpoint has SmolLM2-135M's shape and learnt the catalogue "
+        "for ten seconds. vLLM's beam search runs with the arguments given, eager and on Triton's attention; "
+        f"neither is its default on this GPU. Not measured, and why: {missed or 'nothing'}. "
+        "`python -m benchmarks.serving.gpu --data FOLDER --out benchmarks/serving/gpu.json`"
+    )
+    return Table("On a GPU", note, cells)
+
+
 def catalogue_table(rows: Rows) -> Table:
     """Return a million items beside two thousand."""
     keys = [key for key in rows[0] if not key.startswith("budget_")]
@@ -183,6 +226,7 @@ def tables(folder: Path = HERE) -> list[Table]:
     rows = read("results.json") or []
     found = [cost_table([r for r in rows if r["data"] == d]) for d in dict.fromkeys(r["data"] for r in rows)]
     makers = (
+        ("gpu.json", gpu_table),
         ("exactness.json", exactness_table),
         ("service.json", service_table),
         ("profile.json", profile_table),
