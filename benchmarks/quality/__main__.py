@@ -135,6 +135,7 @@ def _answer(asked: Asked, model: Path, data: str) -> None:
         for baseline in baseline_rows(report, settings=settings):
             keep_row(baseline)
         keep_row({**row, "recipe": asked.recipe})
+        write_pages()
     if asked.recipe != "leanrec":
         shutil.rmtree(out)  # its row says what it was
 

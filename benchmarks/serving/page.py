@@ -187,17 +187,17 @@ def gpu_table(rows: Rows) -> Table:
         )
     first = measured[0]
     missed = "; ".join(
-        f"{' '.join(filter(None, (r.get('contender'), r['model'])))}: {r['error']}"
-        for r in rows
-        if "error" in r
+        f"{' '.join(filter(None, (row.get('contender'), row['model'])))}: {row['error']}"
+        for row in rows
+        if "error" in row
     )
     packages = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     note = (
-        f"{first['hardware']}; {packages}; engine arguments {json.dumps(first['engine_arguments'])}; data "
-        f"{first['data']}; commit {first['commit']}, {first['date']}. In process, prompts of 20 titles, a "
-        "batch as large as there are clients. The checkpoint has SmolLM2-135M's shape and learnt the catalogue "
-        "for ten seconds. vLLM's beam search runs with the arguments given, eager and on Triton's attention; "
-        f"neither is its default on this GPU. Not measured, and why: {missed or 'nothing'}. "
+        f"{first['hardware']}; {packages}; engine arguments {json.dumps(first['engine_arguments'])}; "
+        f"data {first['data']}; commit {first['commit']}, {first['date']}. In process, prompts of 20 titles, "
+        "a batch as large as there are clients. The checkpoint has SmolLM2-135M's shape and learnt the "
+        "catalogue for ten seconds. vLLM's beam search runs with the arguments given, eager and on Triton's "
+        f"attention; neither is its default on this GPU. Not measured, and why: {missed or 'nothing'}. "
         "`python -m benchmarks.serving.gpu --data FOLDER --out benchmarks/serving/gpu.json`"
     )
     return Table("On a GPU", note, cells)

@@ -1,5 +1,6 @@
 """Every recipe ends at the planned shape; controls keep what they say of the full model, and no more."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,8 @@ from accelerate import PartialState
 from compress.job import Job
 from compress.pipeline import prepare
 from compress.recipe import RECIPES
-from compress.stages import run_stages, step_names
-from compress.work import finished, load_step_model
+from compress.stages import _ranks, run_stages, step_names
+from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
 from models.metrics import paired
 from tests.tiny import make_tiny_recommender
@@ -75,6 +76,33 @@ def test_runs_that_differ_in_the_recipe_share_what_the_full_model_said(full, tmp
     run_stages(prepared(full, "random", shared), tmp_path / "other", PartialState(cpu=True))
     assert {path: path.stat().st_mtime_ns for path in shared.rglob("*")} == written
     assert not (tmp_path / "other" / "teacher").exists()
+
+
+def test_what_is_shared_is_made_by_one_run_while_another_waits(tmp_path):
+    """As two runs side by side on one GPU do."""
+    order = []
+
+    def second():
+        with sharing(tmp_path / "shared"):
+            order.append("second")
+
+    with sharing(tmp_path / "shared"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.3)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+    with sharing(None):
+        pass
+
+
+def test_ranking_chooses_the_end_of_a_run_whose_full_model_it_chose(full):
+    plain = prepared(full, "leanrec")
+    full_model = replace(plain.full, training={**plain.full.training, "chosen_by": "ndcg@10"})
+    chosen = replace(plain, full=full_model)
+    assert [_ranks(chosen, stage) for stage in range(3)] == [False, False, True]
+    assert not _ranks(plain, 2)
 
 
 def test_paired_intervals_see_what_separate_ones_do_not():

@@ -95,6 +95,16 @@ def test_page_stands_alone_and_holds_the_numbers(evidence):
         assert text in read
 
 
+def test_without_vllm_the_page_and_the_card_say_that_nothing_was_verified(evidence, tmp_path):
+    unverified = replace(evidence, parity=None)
+    report = make_report(unverified)
+    assert report["verify"] is None
+    assert "Not verified in vLLM" in render_page(report, unverified)
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    full = read_recommender(tmp_path / "full")
+    assert "not verified in vLLM" in render_card(report, full, "pruned", "data")
+
+
 def test_text_from_outside_is_escaped(evidence):
     evidence.versions["<script>"] = "&"
     page = render_page(make_report(evidence), evidence)

@@ -18,6 +18,7 @@ from models.data import load_data
 from models.errors import LeanRecError, UsageError
 from models.evaluate import evaluate, evaluate_baselines
 from models.finetune import FinetuneConfig, finetune
+from models.finetune_cli import main
 from models.transformers_engine import TransformersEngine
 from tests.tiny import make_tiny_recommender, write_tiny_data
 
@@ -61,6 +62,7 @@ def test_a_new_model_learns_the_data(tmp_path: Path) -> None:
     assert found.metrics["hr@10"] > 0.6
     assert found.metrics["hr@10"] > 2 * evaluate_baselines(data, data.test)["popularity"].metrics["hr@10"]
     assert recommender.training["base"] == "small"
+    assert recommender.training["chosen_by"] == "nll"
     assert not (tmp_path / "full.work").exists()
     cost = json.loads((out / "training.json").read_text())
     assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["seconds"], rel=0.01)
@@ -85,6 +87,7 @@ def test_a_checkpoint_with_its_own_template_is_trained_further(tmp_path: Path, l
     recommender = read_recommender(out)
     assert recommender.prompt.template == template
     assert recommender.config.model_type == "qwen3"
+    assert recommender.training["chosen_by"] == "ndcg@10"
     after = load_file(out / "model.safetensors")
     assert any(not after[name].equal(before[name]) for name in before)
 
@@ -134,6 +137,14 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(LeanRecError, match="GPT2LMHeadModel"):
         finetune(config(tmp_path, base=str(unsupported)))
+
+
+@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
+def test_a_share_of_titles_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--base", "demo", "--data", "x", "--out", "o", "--keep-titles", share])
+    assert refused.value.code == 2
+    assert f"{share} is not a share" in capsys.readouterr().err
 
 
 def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.quality import page, rows
-from benchmarks.quality.__main__ import Asked
+from benchmarks.quality.__main__ import Asked, _shared
 from benchmarks.quality.ablations import ABLATIONS
 from benchmarks.quality.page import ORDER, write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, key_of, read_rows
@@ -47,6 +47,7 @@ def report(ndcg=0.09):
         "seconds_by_step": dict.fromkeys(steps, 20.0),
         "peak_memory_bytes": 2**30,
         "versions": {"torch": "2"},
+        "verify": {"engine": "vllm"},
     }
 
 
@@ -94,6 +95,23 @@ def test_a_question_is_answered_once(results):
     assert Asked(toys, "one-stage", "5%", 0, 200).is_answered()
     assert not Asked(toys, "leanrec", "5%", 1, None).is_answered()
     assert not Asked(toys, "one-stage", "5%", 0, None).is_answered()
+
+
+def test_rows_say_what_ranked_and_not_where_the_data_lay(results):
+    served = compression_row(report(), base="demo", settings=settings())
+    unverified = compression_row({**report(), "verify": None}, base="demo", settings=settings())
+    assert (served["ranked_by"], unverified["ranked_by"]) == ("vllm", "transformers")
+    full = next(row for row in read_rows() if row["recipe"] == "full")
+    assert full["settings"] == {"epochs": "10", "data": "toys"}
+
+
+def test_runs_share_the_full_models_reading_where_they_read_the_same_rows():
+    def place(recipe, seed=0, tokens=None):
+        return _shared(Asked(SETS["ml-100k"], recipe, "5%", seed, tokens), Path("here"))
+
+    assert place("leanrec") == place("random") == place(PER_LAYER) == place("as-cut")
+    different = {place("leanrec"), place("dropped-titles"), place("leanrec", 1), place("leanrec", 0, 300)}
+    assert len(different) == 4
 
 
 class Balanced(HTMLParser):
