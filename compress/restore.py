@@ -9,24 +9,20 @@ from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from compress.distill import LossWeights, distillation_loss
+from compress.restore_callbacks import COMPLETE, MarkComplete, ProgressBar, ShrinkAndPerturb
 from compress.rows import RestorationRows, collate
-from compress.shrink_perturb import shrink_and_perturb
 from compress.teacher import TeacherStates
-from compress.work import check_digests, damaged, digests
-from models.atomic import write_json
+from compress.work import check_digests, damaged
 from models.compiled import as_written, compile_layers
 from models.errors import LeanRecError
 from models.finetune import final_hidden
@@ -38,8 +34,6 @@ DIVERGED = 1.5
 """times the NLL right after the cut, or of a guess among all titles: a model beyond it has come apart"""
 SHORT_RUN_STEPS = 100
 """A shorter run mends the pruned weights as they are: it has no time to make more of them."""
-COMPLETE = "complete"
-"""Marks a Trainer checkpoint that was written to its end, and holds its files' digests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +119,7 @@ def restore(
         guess=math.log(trie.num_leaves),
     )
     if settings.keep < 1 and arguments.max_steps >= SHORT_RUN_STEPS:
-        trainer.add_callback(_ShrinkAndPerturb(student, settings))
+        trainer.add_callback(ShrinkAndPerturb(student, keep=settings.keep, seed=settings.seed))
     state = _state_of(checkpoint) if checkpoint else None
     if state is None or state.global_step < arguments.max_steps:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -235,8 +229,8 @@ class DistillationTrainer(Trainer):
         self._sums = torch.zeros(3, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(_Bar())
-        self.add_callback(_MarkComplete())
+        self.add_callback(ProgressBar())
+        self.add_callback(MarkComplete())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
@@ -298,69 +292,6 @@ class DistillationTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
-
-
-class _ShrinkAndPerturb(TrainerCallback):
-    """Rewrites the weights before the first step, after the state right after the cut was evaluated."""
-
-    def __init__(self, student: PreTrainedModel, settings: RestoreSettings) -> None:
-        self._student, self._settings = student, settings
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.global_step == 0:
-            shrink_and_perturb(self._student, keep=self._settings.keep, seed=self._settings.seed)
-
-
-class _Bar(TrainerCallback):
-    """A progress bar with time left, loss and validation."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._notes: dict[str, str] = {}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="restore", unit="step")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self._bar is not None and logs:
-            names = {"kl_valid": "kl", "eval_nll": "nll"}
-            self._notes |= {short: f"{logs[name]:.3f}" for name, short in names.items() if name in logs}
-            self._bar.set_postfix(self._notes)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class _MarkComplete(TrainerCallback):
-    """Marks each checkpoint once all of it is written; a kill while saving leaves one without the mark."""
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_json(directory / COMPLETE, digests(directory))
 
 
 def _load(directory: Path) -> PreTrainedModel:

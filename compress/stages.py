@@ -39,7 +39,7 @@ from models.streams import StreamConfig
 
 CALIBRATION_BATCH_ROWS = 8
 EVALUATIONS = 5
-"""of a restoration, all stages together"""
+"""of a stage with most of the tokens"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +183,8 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
             learning_rate=run.recipe.stages[stage].learning_rate,
             keep=run.recipe.stages[stage].keep,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
-            # A stage of a few steps is not worth many.
-            evaluations=max(1, round(EVALUATIONS * run.recipe.stages[stage].share)),
+            # What a stage of a few steps leaves is cut again: one evaluation says whether it helped.
+            evaluations=EVALUATIONS if run.recipe.stages[stage].share > 0.5 else 1,
             seed=run.seed + stage,
             device=run.device,
             weights=run.recipe.weights_for(run.full.training),
