@@ -161,7 +161,8 @@ def _lost(group: Sequence[Row]) -> str:
 
 
 def _full_table(data: str, rows: Sequence[Row]) -> Table:
-    cells = [["Base", "Non-embedding parameters", "Epochs", "Training s", "Tokens/s", "Peak MiB"]]
+    names = "Base|Non-embedding parameters|Epochs|Tokens a step|Trained on|Training s|Tokens/s|Peak MiB"
+    cells = [names.split("|")]
     for row in rows:
         if row["recipe"] == "full":
             numbers = [row.get(name) for name in ("seconds", "tokens_per_second", "peak_memory_bytes")]
@@ -171,6 +172,8 @@ def _full_table(data: str, rows: Sequence[Row]) -> Table:
                     row["base"],
                     f"{row['parameters']['non_embedding']:,}",
                     str(row["settings"]["epochs"]),
+                    str(row["settings"].get("batch_tokens", "")),
+                    row.get("device") or "cpu",
                     f"{seconds:,.0f}" if seconds else "not recorded",
                     f"{rate:,.0f}" if rate else "not recorded",
                     f"{memory / 2**20:,.0f}" if memory else "not recorded",
