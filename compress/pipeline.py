@@ -119,9 +119,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None
     if trimmed:
         plan = plan.with_vocabulary(len(trimmed.rows))
-    tokens = job.restore_tokens or recipe.default_tokens(
-        _title_tokens(full, data), plan.counts[-1].non_embedding
-    )
+    tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
     settings = {
         "recipe": job.recipe,
         "parameters": plan.budget,

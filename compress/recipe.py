@@ -51,9 +51,7 @@ class Recipe:
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 4.0
-    """default budget: title tokens of one drawing, so many times, and at least"""
-    tokens_per_parameter: float = 2.0
-    """of the pruned model, embeddings not counted"""
+    """default budget: title tokens of one drawing, so many times"""
     batch_tokens: int = 4096
     validation_users: int = 1000
     weights: LossWeights | None = None
@@ -71,10 +69,9 @@ class Recipe:
             return LossWeights(valid=1.0)
         return LossWeights(valid=0.5, vocabulary=0.5)
 
-    def default_tokens(self, title_tokens: int, parameters: int) -> int:
-        """Return the restoration budget for data with so many title tokens in its training part, and a
-        pruned model of so many non-embedding parameters."""
-        return max(1, round(self.passes * title_tokens), round(self.tokens_per_parameter * parameters))
+    def default_tokens(self, title_tokens: int) -> int:
+        """Return the restoration budget for data with so many title tokens in its training part."""
+        return max(1, round(self.passes * title_tokens))
 
 
 RECIPES = {

@@ -43,13 +43,6 @@ def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
     assert loss(LossWeights(valid=0.5, vocabulary=0.5)) > 0.1
 
 
-def test_the_budget_grows_with_the_data_and_is_never_too_small_for_the_model() -> None:
-    recipe = RECIPES["leanrec"]
-    assert recipe.default_tokens(1000, parameters=100) == recipe.passes * 1000
-    assert recipe.default_tokens(1000, parameters=10**6) == recipe.tokens_per_parameter * 10**6
-    assert recipe.default_tokens(0, parameters=0) == 1
-
-
 def test_the_command_offers_every_recipe() -> None:
     assert sorted(cli.RECIPES) == sorted(RECIPES)
     assert cli.parser().get_default("recipe") == "leanrec"
