@@ -119,7 +119,9 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None
     if trimmed:
         plan = plan.with_vocabulary(len(trimmed.rows))
-    tokens = job.restore_tokens or recipe.default_tokens(_title_tokens(full, data))
+    tokens = job.restore_tokens or recipe.default_tokens(
+        _title_tokens(full, data), plan.counts[-1].non_embedding
+    )
     settings = {
         "recipe": job.recipe,
         "parameters": plan.budget,

@@ -52,6 +52,8 @@ class Recipe:
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
     passes: float = 4.0
     """default budget: title tokens of one drawing, so many times"""
+    tokens_per_parameter: float = 1.0
+    """and at least so many for each non-embedding parameter that is left"""
     batch_tokens: int = 4096
     validation_users: int = 1000
     weights: LossWeights | None = None
@@ -69,9 +71,13 @@ class Recipe:
             return LossWeights(valid=1.0)
         return LossWeights(valid=0.5, vocabulary=0.5)
 
-    def default_tokens(self, title_tokens: int) -> int:
-        """Return the restoration budget for data with so many title tokens in its training part."""
-        return max(1, round(self.passes * title_tokens))
+    def default_tokens(self, title_tokens: int, parameters: int) -> int:
+        """Return the restoration budget for data with so many title tokens in its training part.
+
+        Args:
+            parameters: non-embedding parameters that the cuts leave.
+        """
+        return max(1, round(self.passes * title_tokens), round(self.tokens_per_parameter * parameters))
 
 
 RECIPES = {

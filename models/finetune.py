@@ -56,6 +56,9 @@ class FinetuneConfig:
     keep_titles: float = 0.85
     """Share of the titles of a stream that an epoch reads, drawn anew each time: a model that meets the same
     streams again and again recites them."""
+    piece_titles: float | None = None
+    """Titles, on average and at least 2, of the pieces that a history is cut into, elsewhere each epoch; None:
+    left whole. Where a user buys few items, whole histories tell users apart, and the model recites them."""
     template: str = STREAM_TEMPLATE
     separator: str = "\n"
     loss: str = "valid"
@@ -80,6 +83,8 @@ def finetune(config: FinetuneConfig) -> Path:
         name: str(value)
         for name, value in asdict(config).items()
         if name not in ("out", "device", "report_to")
+        # Models made before there was a choice stay what they are.
+        and (name != "piece_titles" or value is not None)
     }
     if out.exists():
         if read_recommender(out).training.get("settings") == settings:
@@ -116,6 +121,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 "seed": config.seed,
                 "base": config.base,
                 "chosen_by": chosen_by,
+                "piece_titles": config.piece_titles,
                 "settings": settings,
             },
             extra_files={COST: json.dumps(trainer.cost(), indent=2)},
@@ -173,7 +179,7 @@ def _trainer(
     rows = PackedStreams(
         data.train,
         recommender,
-        StreamConfig(keep_share=config.keep_titles),
+        StreamConfig(keep_share=config.keep_titles, piece_titles=config.piece_titles),
         epochs=epochs,
         seed=config.seed,
     )

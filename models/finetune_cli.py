@@ -31,6 +31,13 @@ def parser() -> argparse.ArgumentParser:
         help="share of each history that an epoch reads, drawn anew each time (0.85): less recites less",
     )
     arguments.add_argument(
+        "--piece-titles",
+        type=_piece,
+        metavar="N",
+        help="cut histories into pieces of N titles on average, elsewhere each epoch (default: whole); "
+        "3 where users have few items each",
+    )
+    arguments.add_argument(
         "--template", help="file with a Jinja2 prompt template; `history` is a list of titles"
     )
     arguments.add_argument("--separator", default="\n", help="end marker of a title")
@@ -62,6 +69,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _piece(text: str) -> float:
+    value = float(text)
+    if not value >= 2:
+        raise argparse.ArgumentTypeError(f"{text} is less than 2 titles: one to read, one to predict")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
@@ -77,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         batch_tokens=options.batch_tokens,
         max_history=options.max_history,
         keep_titles=options.keep_titles,
+        piece_titles=options.piece_titles,
         template=Path(options.template).read_text(encoding="utf-8") if options.template else STREAM_TEMPLATE,
         separator=options.separator,
         loss=options.loss,

@@ -53,6 +53,9 @@ class StreamConfig:
     """Titles a window; None for the prompt's max_history + 1, what serving sees plus the answer."""
     keep_share: float = 1.0
     """Share of titles kept in a window, chosen anew each epoch: sub-sampled histories are new contexts."""
+    piece_titles: float | None = None
+    """Titles, on average, of the pieces that a sequence is cut into, elsewhere each epoch, so that a title is
+    learnt after a few titles as well as after many; None: it is left whole."""
 
 
 class PackedStreams(TorchDataset):
@@ -145,15 +148,29 @@ class PackedStreams(TorchDataset):
             items = self.sequences[index]
             if self.config.keep_share < 1.0:
                 items = items[rng.random(len(items)) < self.config.keep_share]
-            if self.prompter.config.is_stream:
-                shift = int(rng.integers(self.window)) if len(items) > self.window else 0
-                for start in range(-shift, len(items), self.window):
-                    window = items[max(start, 0) : start + self.window]
-                    if len(window):
-                        yield window
-            else:
-                for end in range(2, len(items) + 1):
-                    yield items[max(0, end - self.window) : end]
+            for piece in self._pieces(items, rng):
+                if self.prompter.config.is_stream:
+                    shift = int(rng.integers(self.window)) if len(piece) > self.window else 0
+                    for start in range(-shift, len(piece), self.window):
+                        window = piece[max(start, 0) : start + self.window]
+                        if len(window):
+                            yield window
+                else:
+                    for end in range(2, len(piece) + 1):
+                        yield piece[max(0, end - self.window) : end]
+
+    def _pieces(self, items: np.ndarray, rng: np.random.Generator) -> Iterator[np.ndarray]:
+        """Yield the pieces of a sequence; each begins with the title that the one before ended in, so that
+        every title but the first is learnt after its predecessor."""
+        if self.config.piece_titles is None or len(items) < 3:
+            yield items
+            return
+        # Of two titles and more, each further one with the same chance.
+        chance = 1 / (self.config.piece_titles - 1)
+        begin = 0
+        for end in [*(np.flatnonzero(rng.random(len(items) - 2) < chance) + 1), len(items) - 1]:
+            yield items[begin : end + 1]
+            begin = end
 
     def _pack(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
         size = self.row_tokens

@@ -103,6 +103,7 @@ def full_model(chosen: Set, data: str) -> Path:
     command += ["--out", str(out), "--epochs", str(chosen.epochs)]
     command += ["--learning-rate", str(chosen.learning_rate), "--batch-tokens", str(chosen.batch_tokens)]
     command += ["--max-history", str(chosen.max_history), "--keep-titles", str(chosen.keep_titles)]
+    command += ["--piece-titles", str(chosen.piece_titles)] if chosen.piece_titles else []
     subprocess.run(command, check=True)
     return out
 

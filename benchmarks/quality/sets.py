@@ -19,6 +19,7 @@ class Set:
     learning_rate: float
     batch_tokens: int = 2048
     keep_titles: float = 0.85
+    piece_titles: float | None = None
     vocab: str
     """what `compress --vocab` takes"""
 
@@ -38,17 +39,19 @@ SETS = {
             max_history=10,
             learning_rate=1e-3,
             batch_tokens=8192,
-            keep_titles=0.8,
+            keep_titles=1.0,
+            piece_titles=3,
             vocab="catalog",
         ),
         Set(
             name="amazon18_video_games_d3",
             base="smollm2-135m",
-            epochs=8,
+            epochs=4,
             max_history=10,
             learning_rate=1e-3,
             batch_tokens=8192,
-            keep_titles=0.8,
+            keep_titles=1.0,
+            piece_titles=3,
             vocab="catalog",
         ),
         Set(
