@@ -77,9 +77,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         run.data.train,
         run.teacher,
         # The contexts that the full model learnt from are those it has most to say about.
-        StreamConfig(
-            keep_share=run.recipe.keep_titles, piece_titles=run.full.training.get("piece_titles")
-        ),
+        StreamConfig(keep_share=run.recipe.keep_titles, piece_titles=run.full.training.get("piece_titles")),
         tokens=run.tokens,
         epochs=run.recipe.drawings,
         seed=run.seed,

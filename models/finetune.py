@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from models.catalog import Catalog
 from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.compiled import as_written, compile_layers
-from models.data import Dataset, load_data
+from models.data import Dataset, Examples, load_data
 from models.errors import LeanRecError, UsageError
 from models.evaluate import evaluate
 from models.families import check_supported
@@ -32,8 +32,8 @@ SMOLLM2 = "smollm2-135m"
 COST = "training.json"
 BATCH_TOKENS, LEARNING_RATE = 8192, 1e-3
 """of a pretrained model"""
-VALIDATION_USERS = 1000
-"""who tell the states of a training run apart"""
+LATER_SETTINGS = {"piece_titles": None, "validation_users": 1000}
+"""Settings that came later, with what they were before: models made without the choice stay what they are."""
 ChosenBy = Literal["nll", "ndcg@10"]
 
 
@@ -57,13 +57,15 @@ class FinetuneConfig:
     """Share of the titles of a stream that an epoch reads, drawn anew each time: a model that meets the same
     streams again and again recites them."""
     piece_titles: float | None = None
-    """Titles, on average and at least 2, of the pieces that a history is cut into, elsewhere each epoch; None:
-    left whole. Where a user buys few items, whole histories tell users apart, and the model recites them."""
+    """Titles, on average and at least 2, of the pieces that a history is cut into, elsewhere each epoch;
+    None: left whole. Where a user buys few items, whole histories tell users apart, and the model recites them."""
     template: str = STREAM_TEMPLATE
     separator: str = "\n"
     loss: str = "valid"
     """`valid`: softmax over the trie's children; `vocabulary`: over all tokens."""
     seed: int = 0
+    validation_users: int = 1000
+    """who tell the states of the run apart"""
     device: str = "auto"
     report_to: tuple[str, ...] = ()
     """Trainer integrations, for example tensorboard."""
@@ -83,8 +85,7 @@ def finetune(config: FinetuneConfig) -> Path:
         name: str(value)
         for name, value in asdict(config).items()
         if name not in ("out", "device", "report_to")
-        # Models made before there was a choice stay what they are.
-        and (name != "piece_titles" or value is not None)
+        and not (name in LATER_SETTINGS and value == LATER_SETTINGS[name])
     }
     if out.exists():
         if read_recommender(out).training.get("settings") == settings:
@@ -198,7 +199,7 @@ def _trainer(
     )
     return RecommenderTrainer(
         recommender=recommender,
-        data=data,
+        users=data.valid.sample(config.validation_users, config.seed),
         loss=config.loss,
         chosen_by=chosen_by,
         model=model,
@@ -249,13 +250,13 @@ class RecommenderTrainer(Trainer):
     """
 
     def __init__(
-        self, *, recommender: Recommender, data: Dataset, loss: str, chosen_by: ChosenBy, **arguments: Any
+        self, *, recommender: Recommender, users: Examples, loss: str, chosen_by: ChosenBy, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
         self.recommender = recommender
         self.loss = loss
         self.chosen_by = chosen_by
-        self.users = data.valid.sample(VALIDATION_USERS, self.args.seed)
+        self.users = users
         histories = self.users.histories
         self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
         self.valid_tokens = ValidTokens(recommender.trie, self.args.device)

@@ -34,8 +34,9 @@ class SearchSettings:
 
     width: int = 16
     """Nodes opened a step."""
-    subtree: int = 2
-    """A node opened with all its descendants when there are at most so many: fewer, larger steps."""
+    subtree: int = 1
+    """A node opened with all its descendants when there are at most so many: fewer, larger steps. Most of the
+    descendants would never be opened: a CPU pays for them, and so does the budget."""
     max_expansions: int = 128
     """Nodes opened for up to ten items of the whole catalogue; `budget` has the rest."""
 

@@ -86,6 +86,7 @@ class PagedForward:
         # Layers with other numbers of heads are groups of their own, on the same blocks.
         self._groups = model_runner.attn_groups[0]
         self._caches = list({c.data_ptr(): c for c in layer_caches(model_runner).values()}.values())
+        self._wide = [_in_words(cache) for cache in self._caches]
         self.device = model_runner.device
         self.block_size: int = self._groups[0].kv_cache_spec.block_size
         self.num_blocks: int = self._caches[0].shape[0]
@@ -187,8 +188,8 @@ class PagedForward:
         return self._own_layers(inputs.tokens, positions, metadata)[inputs.wanted.long()]
 
     def _copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        for cache in self._caches:
-            cache[targets] = cache[sources]
+        for blocks in self._wide:
+            blocks.index_copy_(0, targets, blocks.index_select(0, sources))
 
     def _metadata(
         self,
@@ -283,6 +284,13 @@ def _difference(
     expected = forward.run(probe).float()
     setattr(forward, name, faster)
     return float((forward.run(probe).float() - expected).norm() / expected.norm())
+
+
+def _in_words(cache: torch.Tensor) -> torch.Tensor:
+    """Return a cache as `[blocks, words]`, which is copied several times faster than in bf16."""
+    flat = cache.flatten(1)
+    fits = flat.data_ptr() == cache.data_ptr() and flat.shape[1] * flat.element_size() % 8 == 0
+    return flat.view(torch.int64) if fits else cache
 
 
 @dataclass(frozen=True)

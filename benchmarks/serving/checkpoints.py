@@ -17,6 +17,9 @@ VOCABULARY = 3072
 MAX_HISTORY = 20
 EPOCHS = 1
 LEARNING_RATE = 1.5e-3
+BATCH_TOKENS = 2048
+VALIDATION_USERS = 100
+"""Any state of the model will do."""
 
 
 def trained_recommender(data: str, name: str) -> Path:
@@ -36,6 +39,8 @@ def trained_recommender(data: str, name: str) -> Path:
         out=out,
         epochs=EPOCHS,
         learning_rate=LEARNING_RATE,
+        batch_tokens=BATCH_TOKENS,
+        validation_users=VALIDATION_USERS,
         max_history=MAX_HISTORY,
         device="cpu",
     )

@@ -1,4 +1,7 @@
-"""The floor: the multiplications a request cannot do without, at the rate this core multiplies."""
+"""The floor: the multiplications a request cannot do without, at the rate this core multiplies.
+
+Beside it what that leaves out: each forward reads the weights once, from beyond the cache of the core.
+"""
 
 import time
 from collections.abc import Sequence
@@ -63,3 +66,21 @@ def matrix_rates(config: PreTrainedConfig) -> list[float]:
 def _multiply(work: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     for hidden, weight in work:
         torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
+
+
+def weight_bytes(config: PreTrainedConfig) -> int:
+    """Return the bytes of all layers' matrices in bf16: what a forward reads."""
+    return 2 * sum(inputs * outputs for inputs, outputs in matrix_shapes(config)) * config.num_hidden_layers
+
+
+def read_rates(config: PreTrainedConfig) -> list[float]:
+    """Return one thread's rate of reading as much as the layers have, bytes per CPU second, in several tries."""
+    torch.set_num_threads(1)
+    weights = torch.zeros(weight_bytes(config) // 8, dtype=torch.int64)
+    weights.sum()
+    rates = []
+    for _ in range(REPEATS):
+        begun = time.process_time()
+        weights.sum()
+        rates.append(8 * len(weights) / (time.process_time() - begun))
+    return rates

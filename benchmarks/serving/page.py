@@ -50,13 +50,23 @@ def cost_table(rows: Rows) -> Table:
     first = rows[0]
     note = (
         f"{first['hardware']}; matrix products at {first['matrix_gflops']:.0f} GFLOP/s in the same run, "
-        f"floor {1e3 * first['floor_seconds']:.1f} ms a fresh request; load average "
+        f"floor {1e3 * first['floor_seconds']:.1f} ms a fresh request; {_reading(first)}load average "
         f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
         f"commit {first['commit']}, {first['date']}. Overlap is with the exact top ten. Latencies depend on "
         "what else the machine does; CPU time much less. The checkpoint was trained on the softmax over the "
         "catalogue's tokens, so beams that know no catalogue find no titles. `python -m benchmarks.serving`"
     )
     return Table(f"What a recommendation costs: {first['data']}", note, cells, _plots(rows))
+
+
+def _reading(row: Mapping[str, Any]) -> str:
+    """Say what reading the weights costs, which the floor leaves out; empty for rows that do not have it."""
+    if "weight_bytes" not in row:
+        return ""
+    return (
+        f"beside the floor, every forward reads {row['weight_bytes'] / 1e6:.0f} MB of weights, "
+        f"{1e3 * row['weight_read_seconds']:.1f} ms as the same run reads memory; "
+    )
 
 
 def exactness_table(rows: Rows) -> Table:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from benchmarks.serving.floor import matrix_rates, request_flops
+from benchmarks.serving.floor import matrix_rates, read_rates, request_flops, weight_bytes
 from benchmarks.serving.workload import Workload
 
 
@@ -68,6 +68,8 @@ class Race:
     measured: dict[tuple[str, Case], Measured]
     rates: list[float]
     """FLOP per CPU second of the matrix products, in all rounds"""
+    reads: list[float]
+    """bytes of weights per CPU second, likewise"""
 
 
 @contextmanager
@@ -120,6 +122,7 @@ def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
     """Measure; the order turns by one every round. A first round warms up and is not counted."""
     measured = {(entry.title, case): Measured() for entry in entries for case in entry.requests}
     rates: list[float] = []
+    reads: list[float] = []
     most = max(count for entry in entries for count in entry.requests.values())
     with ExitStack() as stack:
         running = {entry.title: stack.enter_context(process(entry, logs)) for entry in entries}
@@ -151,7 +154,8 @@ def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
                         _enter(measured[entry.title, case], result, first, count)
             if number:
                 rates += matrix_rates(entries[0].config)
-    return Race(measured, rates)
+                reads += read_rates(entries[0].config)
+    return Race(measured, rates, reads)
 
 
 def _enter(measured: Measured, result: Mapping[str, Any], first: int, count: int) -> None:
@@ -220,6 +224,8 @@ def rows(
                 "floor_seconds": floor,
                 "floor_ratio": cpu / floor if case.users == "fresh" and floor else None,
                 "matrix_gflops": rate / 1e9,
+                "weight_bytes": weight_bytes(entry.config),
+                "weight_read_seconds": weight_bytes(entry.config) / float(np.median(race.reads)),
                 **facts,
             }
         )

@@ -46,3 +46,8 @@ def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
 def test_the_command_offers_every_recipe() -> None:
     assert sorted(cli.RECIPES) == sorted(RECIPES)
     assert cli.parser().get_default("recipe") == "leanrec"
+
+
+def test_a_large_model_of_few_titles_gets_a_token_for_each_parameter() -> None:
+    assert Recipe().default_tokens(1000, parameters=500) == 4000
+    assert Recipe().default_tokens(1000, parameters=9000) == 9000

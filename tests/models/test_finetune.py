@@ -147,6 +147,14 @@ def test_a_share_of_titles_that_is_none_is_refused(share: str, capsys: pytest.Ca
     assert f"{share} is not a share" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("titles", ["1", "0.5", "nan"])
+def test_pieces_of_less_than_two_titles_are_refused(titles: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["--base", "demo", "--data", "x", "--out", "o", "--piece-titles", titles])
+    assert refused.value.code == 2
+    assert f"{titles} is less than 2 titles" in capsys.readouterr().err
+
+
 def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:
     command = [
         sys.executable,

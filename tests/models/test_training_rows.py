@@ -1,5 +1,7 @@
 """Prompts, packed rows and losses: shift, padding and renormalisation done right."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +156,36 @@ def test_distillation_from_itself_costs_nothing(made) -> None:
     # each position's probabilities sum to one over the node's children
     total = teacher.root.exp().sum(1)
     torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("template", [None, BIGREC])
+def test_pieces_teach_each_title_once_after_its_predecessor(made, template) -> None:
+    recommender, data = made
+    prompt = PromptConfig(template=template, max_history=6) if template else recommender.prompt
+    recommender = Recommender(
+        directory=recommender.directory,
+        config=recommender.config,
+        tokenizer=recommender.tokenizer,
+        catalog=recommender.catalog,
+        prompt=prompt,
+    )
+    wanted: list[tuple[int, int]] = []
+    for index in range(len(data.train)):
+        items = data.train[index].tolist()
+        wanted += pairwise(items)
+    lengths = {}
+    for mean in (2, 3):
+        config = StreamConfig(row_tokens=400, window=50, piece_titles=mean)
+        rows = PackedStreams(data.train, recommender, config, epochs=2, seed=3)
+        windows = [window.tolist() for row in rows._rows_of(0) for window in row]
+        taught = [
+            pair
+            for window in windows
+            for pair in (pairwise(window) if not template else [tuple(window[-2:])])
+        ]
+        assert sorted(taught) == sorted(wanted)
+        lengths[mean] = np.mean([len(window) for window in windows])
+        again = [window.tolist() for row in rows._rows_of(1) for window in row]
+        assert sorted(again) != sorted(windows) or mean == 2
+    assert lengths[2] == 2
+    assert 2.2 < lengths[3] < 3.2
