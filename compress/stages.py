@@ -76,8 +76,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     rows = make_rows(
         run.data.train,
         run.teacher,
-        # The contexts that the full model learnt from are those it has most to say about.
-        StreamConfig(keep_share=run.recipe.keep_titles, piece_titles=run.full.training.get("piece_titles")),
+        _streams(run),
         tokens=run.tokens,
         epochs=run.recipe.drawings,
         seed=run.seed,
@@ -203,6 +202,11 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
         remove_trainer_files(trainer_files)
+
+
+def _streams(run: Run) -> StreamConfig:
+    """Return how streams are cut: what the full model learnt from, it has most to say about."""
+    return StreamConfig(keep_share=run.recipe.keep_titles, piece_titles=run.full.training.get("piece_titles"))
 
 
 def _ranks(run: Run, stage: int) -> bool:

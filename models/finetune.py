@@ -58,7 +58,7 @@ class FinetuneConfig:
     streams again and again recites them."""
     piece_titles: float | None = None
     """Titles, on average and at least 2, of the pieces that a history is cut into, elsewhere each epoch;
-    None: left whole. Where users buy few items, whole histories tell them apart, and the model recites them."""
+    None: left whole. Where users buy few items, histories tell them apart, and the model recites them."""
     template: str = STREAM_TEMPLATE
     separator: str = "\n"
     loss: str = "valid"

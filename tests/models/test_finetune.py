@@ -63,6 +63,8 @@ def test_a_new_model_learns_the_data(tmp_path: Path) -> None:
     assert found.metrics["hr@10"] > 2 * evaluate_baselines(data, data.test)["popularity"].metrics["hr@10"]
     assert recommender.training["base"] == "small"
     assert recommender.training["chosen_by"] == "nll"
+    # Or no model that was made before there were pieces would count as finished.
+    assert not {"piece_titles", "validation_users"} & set(recommender.training["settings"])
     assert not (tmp_path / "full.work").exists()
     cost = json.loads((out / "training.json").read_text())
     assert cost["tokens_per_second"] == pytest.approx(cost["tokens"] / cost["seconds"], rel=0.01)
@@ -83,11 +85,15 @@ def test_a_checkpoint_with_its_own_template_is_trained_further(tmp_path: Path, l
     make_tiny_recommender(tmp_path / "base", "qwen3", data=Path(settings.data), num_layers=1)
     template = "Liked: {{ history | join(', ') }}\nNext: "
     before = load_file(tmp_path / "base" / "model.safetensors")
-    out = finetune(replace(settings, base=str(tmp_path / "base"), template=template, epochs=1, loss=loss))
+    out = finetune(
+        replace(settings, base=str(tmp_path / "base"), template=template, epochs=1, loss=loss, piece_titles=2)
+    )
     recommender = read_recommender(out)
     assert recommender.prompt.template == template
     assert recommender.config.model_type == "qwen3"
     assert recommender.training["chosen_by"] == "ndcg@10"
+    assert recommender.training["piece_titles"] == 2
+    assert recommender.training["settings"]["piece_titles"] == "2"
     after = load_file(out / "model.safetensors")
     assert any(not after[name].equal(before[name]) for name in before)
 

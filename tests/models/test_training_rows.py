@@ -189,3 +189,17 @@ def test_pieces_teach_each_title_once_after_its_predecessor(made, template) -> N
         assert sorted(again) != sorted(windows) or mean == 2
     assert lengths[2] == 2
     assert 2.2 < lengths[3] < 3.2
+
+
+def test_an_epoch_leaves_titles_out_and_the_next_one_others(made) -> None:
+    recommender, data = made
+    rows = PackedStreams(
+        data.train, recommender, StreamConfig(row_tokens=400, keep_share=0.5), epochs=2, seed=3
+    )
+    epochs = [
+        [item for row in rows._rows_of(epoch) for window in row for item in window.tolist()]
+        for epoch in (0, 1)
+    ]
+    for items in epochs:
+        assert 0.4 < len(items) / len(data.train.items) < 0.6
+    assert sorted(epochs[0]) != sorted(epochs[1])
