@@ -37,8 +37,10 @@ fi
 venv_python=$venv/bin/python
 
 "$venv_python" -m pip install --quiet --disable-pip-version-check 'uv>=0.13,<0.14'
+# pip compiles what it installs and uv does not: where Python may not write bytecode later
+# (PYTHONDONTWRITEBYTECODE, a read-only disk), every process would compile two thousand modules again.
 uv_install() {
-    "$venv/bin/uv" pip install --python "$venv_python" "$@"
+    UV_COMPILE_BYTECODE=1 "$venv/bin/uv" pip install --python "$venv_python" "$@"
 }
 
 if [[ $extra == cpu ]]; then
