@@ -145,20 +145,20 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         finetune(config(tmp_path, base=str(unsupported)))
 
 
-@pytest.mark.parametrize("share", ["0", "1.5", "-1"])
-def test_a_share_of_titles_that_is_none_is_refused(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        *(("--keep-titles", share, "is not a share") for share in ("0", "1.5", "-1")),
+        *(("--piece-titles", titles, "is less than 2 titles") for titles in ("1", "0.5", "nan")),
+    ],
+)
+def test_streams_that_teach_nothing_are_refused(
+    option: str, value: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as refused:
-        main(["--base", "demo", "--data", "x", "--out", "o", "--keep-titles", share])
+        main(["--base", "demo", "--data", "x", "--out", "o", option, value])
     assert refused.value.code == 2
-    assert f"{share} is not a share" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("titles", ["1", "0.5", "nan"])
-def test_pieces_of_less_than_two_titles_are_refused(titles: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as refused:
-        main(["--base", "demo", "--data", "x", "--out", "o", "--piece-titles", titles])
-    assert refused.value.code == 2
-    assert f"{titles} is less than 2 titles" in capsys.readouterr().err
+    assert f"{value} {said}" in capsys.readouterr().err
 
 
 def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:
