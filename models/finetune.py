@@ -77,7 +77,7 @@ def finetune(config: FinetuneConfig) -> Path:
     An interrupted run continues from its last checkpoint in `<out>.work`.
 
     Raises:
-        UsageError: an unknown base or loss.
+        UsageError: an unknown base or loss, or pieces of less than two titles.
         LeanRecError: the output is taken, or the data or the base cannot be used.
     """
     out = Path(config.out)
@@ -93,6 +93,10 @@ def finetune(config: FinetuneConfig) -> Path:
         raise LeanRecError(f"{out}: already exists with other settings; remove it or choose another --out")
     if config.loss not in ("valid", "vocabulary"):
         raise UsageError(f"loss {config.loss!r}: choose valid or vocabulary")
+    if config.piece_titles is not None and not config.piece_titles >= 2:
+        raise UsageError(
+            f"piece_titles {config.piece_titles}: a piece has a title to read and one to predict"
+        )
     set_seed(config.seed)
     work = out.with_name(out.name + ".work")
     data = load_data(config.data)

@@ -136,6 +136,8 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         finetune(config(tmp_path, base="huge"))
     with pytest.raises(UsageError, match="choose valid or vocabulary"):
         finetune(config(tmp_path, loss="hinge"))
+    with pytest.raises(UsageError, match=r"piece_titles 1\.5"):
+        finetune(config(tmp_path, piece_titles=1.5))
     unsupported = tmp_path / "gpt2"
     unsupported.mkdir()
     (unsupported / "config.json").write_text(
