@@ -36,6 +36,7 @@ demo: $(INSTALLED)
 bench-serving: $(INSTALLED)
 	python -m benchmarks.serving $(if $(DATA),--data $(DATA) --name $(NAME))
 	python -m benchmarks.serving.exactness --model runs/serving/$(or $(NAME),ml-100k) --data $(or $(DATA),ml-100k)
+	python -m benchmarks.serving.settings --model runs/serving/$(or $(NAME),ml-100k) --data $(or $(DATA),ml-100k)
 ifndef DATA
 	python -m benchmarks.serving.service
 	python -m benchmarks.serving.profile

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from models.compiled import LONG_RUN_STEPS, compile_layers
 from models.data import load_data
-from models.finetune import final_hidden
 from models.precision import fast_products
 from models.presets import PRESETS, new_model, train_tokenizer
 from models.sources import BUILT_IN
+from models.trainer import final_hidden
 
 ROWS, ROW_TOKENS, WINDOW_TOKENS = 8, 256, 128
 TURNS = 20

@@ -25,9 +25,9 @@ from compress.teacher import TeacherStates
 from compress.work import check_digests, damaged
 from models.compiled import as_written, compile_layers
 from models.errors import LeanRecError
-from models.finetune import final_hidden
 from models.losses import ValidTokens
 from models.precision import prefers_bf16
+from models.trainer import final_hidden
 from models.trie import Trie
 
 DIVERGED = 1.5

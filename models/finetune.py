@@ -2,31 +2,25 @@
 
 import json
 import shutil
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from models.catalog import Catalog
 from models.checkpoint import Recommender, read_recommender, write_recommender
-from models.compiled import as_written, compile_layers
-from models.data import Dataset, Examples, load_data
+from models.compiled import compile_layers
+from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
-from models.evaluate import evaluate
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
-from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
-from models.memory import peak_memory_bytes
 from models.precision import prefers_bf16
-from models.presets import PRESETS, new_model, train_tokenizer
+from models.presets import PRESETS, Preset, new_model, train_tokenizer
 from models.prompt import STREAM_TEMPLATE, PromptConfig
 from models.sources import find_source
 from models.streams import PackedStreams, StreamConfig
-from models.transformers_engine import TransformersEngine
+from models.trainer import ChosenBy, RecommenderTrainer
 
 SMOLLM2 = "smollm2-135m"
 COST = "training.json"
@@ -34,7 +28,6 @@ BATCH_TOKENS, LEARNING_RATE = 8192, 1e-3
 """of a pretrained model"""
 LATER_SETTINGS = {"piece_titles": None, "validation_users": 1000}
 """Settings that came later, with what they were before: models made without the choice stay what they are."""
-ChosenBy = Literal["nll", "ndcg@10"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +99,11 @@ def finetune(config: FinetuneConfig) -> Path:
         separator=config.separator,
         max_history=config.max_history or (preset.max_history if preset else 20),
     )
-    model, tokenizer, scratch = _base(config, data.catalog, prompt, work)
+    model, tokenizer = _base(config, preset, data.catalog, prompt, work)
     recommender = Recommender(
         directory=out, config=model.config, tokenizer=tokenizer, catalog=data.catalog, prompt=prompt
     )
-    chosen_by: ChosenBy = "nll" if scratch else "ndcg@10"
-    trainer = _trainer(config, recommender, model, data, work=work, chosen_by=chosen_by)
+    trainer = _trainer(config, preset, recommender, model, data, work=work)
     trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     if trainer.is_world_process_zero():
         write_recommender(
@@ -125,7 +117,7 @@ def finetune(config: FinetuneConfig) -> Path:
                 "split": "given" if find_source(config.data).has_splits else "leave-one-out",
                 "seed": config.seed,
                 "base": config.base,
-                "chosen_by": chosen_by,
+                "chosen_by": trainer.chosen_by,
                 "piece_titles": config.piece_titles,
                 "settings": settings,
             },
@@ -136,15 +128,14 @@ def finetune(config: FinetuneConfig) -> Path:
 
 
 def _base(
-    config: FinetuneConfig, catalog: Catalog, prompt: PromptConfig, work: Path
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, bool]:
-    """Return the model to train, its tokenizer, and whether it is new."""
+    config: FinetuneConfig, preset: Preset | None, catalog: Catalog, prompt: PromptConfig, work: Path
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model to train, new if there is a preset of the base's name, and its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    preset = PRESETS.get(config.base)
     if preset is not None:
         tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
-        return new_model(preset, tokenizer, max_positions=4096), tokenizer, True
+        return new_model(preset, tokenizer, max_positions=4096), tokenizer
     source = str(smollm2_checkpoint(work / "base")) if config.base == SMOLLM2 else config.base
     if not Path(source).is_dir() and source.count("/") != 1:
         raise UsageError(
@@ -167,19 +158,19 @@ def _base(
         raise LeanRecError(
             f"base {source!r}: cannot be loaded ({str(error).strip().splitlines()[0]})"
         ) from error
-    return model, tokenizer, False
+    return model, tokenizer
 
 
 def _trainer(
     config: FinetuneConfig,
+    preset: Preset | None,
     recommender: Recommender,
     model: PreTrainedModel,
     data: Dataset,
     *,
     work: Path,
-    chosen_by: ChosenBy,
-) -> "RecommenderTrainer":
-    scratch = chosen_by == "nll"
+) -> RecommenderTrainer:
+    chosen_by: ChosenBy = "ndcg@10" if preset is None else "nll"
     epochs = config.epochs or 10
     rows = PackedStreams(
         data.train,
@@ -188,7 +179,6 @@ def _trainer(
         epochs=epochs,
         seed=config.seed,
     )
-    preset = PRESETS.get(config.base)
     batch_tokens = config.batch_tokens or (preset.batch_tokens if preset else BATCH_TOKENS)
     batch = max(1, batch_tokens // rows.row_tokens)
     steps_per_epoch = max(1, rows.rows_per_epoch // batch)
@@ -218,7 +208,7 @@ def _trainer(
             learning_rate=config.learning_rate or (preset.learning_rate if preset else LEARNING_RATE),
             lr_scheduler_type="cosine",
             warmup_steps=min(100, steps_per_epoch * epochs // 10),
-            weight_decay=0.1 if scratch else 0.01,
+            weight_decay=0.01 if preset is None else 0.1,
             adam_beta2=0.95,
             max_grad_norm=1.0,
             # Matrix products in bf16, weights and losses in fp32, where the hardware is faster that way.
@@ -242,96 +232,6 @@ def _trainer(
             disable_tqdm=False,
         ),
     )
-
-
-class RecommenderTrainer(Trainer):
-    """Trains on packed rows and keeps the best state by what validation users tell.
-
-    From scratch that is the NLL of the next item, renormalised over the catalogue: ranking metrics of a
-    thousand users differ between neighbouring states by less than their own error, and it costs one search
-    less. A pretrained model comes to recite what it read, and is ever surer of it: its NLL grows from the
-    second epoch on while it still ranks better and better, so there NDCG@10 decides.
-    """
-
-    def __init__(
-        self, *, recommender: Recommender, users: Examples, loss: str, chosen_by: ChosenBy, **arguments: Any
-    ) -> None:
-        super().__init__(**arguments)
-        self.recommender = recommender
-        self.loss = loss
-        self.chosen_by = chosen_by
-        self.users = users
-        histories = self.users.histories
-        self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
-        self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
-        self.model_accepts_loss_kwargs = False
-        self.row_tokens = arguments["train_dataset"].row_tokens
-        self._begun = time.monotonic()
-        self._earlier: float | None = None
-
-    def cost(self) -> dict[str, Any]:
-        """Return what training took: `seconds` with evaluations and without what an interruption lost,
-        `tokens` with padding, `tokens_per_second`, `peak_memory_bytes`, and on which `device`."""
-        seconds = max(entry["elapsed"] for entry in self.state.log_history)
-        tokens = self.state.global_step * self.args.train_batch_size * self.row_tokens
-        return {
-            "seconds": seconds,
-            "tokens": tokens,
-            "tokens_per_second": round(tokens / seconds, 1),
-            "peak_memory_bytes": peak_memory_bytes(),
-            "device": torch.cuda.get_device_name() if self.args.device.type == "cuda" else "cpu",
-        }
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the seconds since training began."""
-        if self._earlier is None:  # after a resume the state holds what was logged before
-            self._earlier = max((entry["elapsed"] for entry in self.state.log_history), default=0.0)
-        elapsed = self._earlier + time.monotonic() - self._begun
-        super().log({**logs, "elapsed": round(elapsed, 1)}, start_time)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
-    ) -> torch.Tensor:
-        """Return the negative log-likelihood per title (valid) or per token (vocabulary)."""
-        hidden = final_hidden(model, inputs)
-        weight = self.accelerator.unwrap_model(model).get_output_embeddings().weight
-        nodes, next_ids = inputs["node_ids"].flatten(), inputs["next_ids"].flatten()
-        if self.loss == "vocabulary":
-            learnt = next_ids >= 0
-            return vocabulary_cross_entropy(hidden[learnt], weight, next_ids[learnt])
-        learnt = nodes >= 0
-        return valid_cross_entropy(self.valid_tokens, hidden[learnt], weight, nodes[learnt], next_ids[learnt])
-
-    def evaluate(self, *_: Any, metric_key_prefix: str = "eval", **__: Any) -> dict[str, float]:
-        """Return the negative log-likelihood of the next item on validation users, nats, and NDCG@10 where
-        it decides."""
-        engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
-        with as_written(), self.autocast_smart_context_manager():
-            found = engine.log_probability(self.prompts, self.users.targets.tolist())
-            metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
-            if self.chosen_by != "nll":
-                prompter, users = self.recommender.prompter, self.users
-                ranked = evaluate(engine, prompter, users, batch_size=len(users)).metrics
-                metrics[f"{metric_key_prefix}_{self.chosen_by}"] = ranked[self.chosen_by]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        return metrics
-
-
-def final_hidden(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the final hidden states of packed rows, fp32 `[rows * row_tokens, hidden]`.
-
-    Position ids that start anew keep attention inside each packed window. The whole model is called, not
-    its body, so that wrappers for several devices see the forward pass.
-    """
-    output = model(
-        input_ids=rows["input_ids"],
-        position_ids=rows["position_ids"],
-        use_cache=False,
-        output_hidden_states=True,
-        logits_to_keep=1,
-    )
-    return output.hidden_states[-1].flatten(0, 1).float()
 
 
 def _last_checkpoint(work: Path) -> str | None:

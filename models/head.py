@@ -57,9 +57,8 @@ class ChildHead:
         return torch.log_softmax(hidden @ self._root_weight.T, -1).flatten().cpu().numpy()
 
     def _inside(self, hidden: torch.Tensor, nodes: np.ndarray) -> np.ndarray:
-        positions, ends = self._trie.child_positions(nodes)
-        counts = np.diff(ends, prepend=0)
-        segments = torch.from_numpy(np.repeat(np.arange(len(nodes)), counts)).to(hidden.device)
+        positions, counts = self._trie.child_positions(nodes)
+        segments = torch.from_numpy(np.arange(len(nodes)).repeat(counts)).to(hidden.device)
         weight = self.weight[self._children[torch.from_numpy(positions).to(hidden.device)]]
         logits = torch.linalg.vecdot(weight, hidden[segments])
         return segment_log_softmax(logits, segments, len(nodes)).cpu().numpy()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from models.subset import Subset
-from models.trie import Trie
+from models.trie import Trie, spans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,39 +113,45 @@ class BestFirstSearch:
         self.expansions += len(nodes)
         return nodes
 
-    def feed(self, nodes: Sequence[int], log_probs: np.ndarray) -> None:
+    def feed(
+        self, nodes: Sequence[int], counts: np.ndarray, targets: np.ndarray, log_probs: np.ndarray
+    ) -> None:
         """Take the log-probabilities over the children of the selected nodes, node after node.
 
         Args:
-            log_probs: float `[children of all]`.
+            counts: int `[nodes]`: children of each node.
+            targets: int32 `[children of all]`: what the trie has for them.
+            log_probs: float64 `[children of all]`; changed.
         """
-        trie = self.trie
-        ids = np.array(nodes, np.int64)
-        positions, ends = trie.child_positions(ids)
-        counts = np.diff(ends, prepend=0)
-        scores = log_probs.astype(np.float64)
-        targets = trie.child_targets[positions]
-        is_leaf = targets < 0
-        is_open = ~is_leaf
+        scores, subset = log_probs, self.request.subset
+        is_open = targets >= 0
+        is_leaf = ~is_open
         if len(self._chosen) == len(nodes):
-            scores += np.repeat([self._chosen[node] for node in nodes], counts)
+            scores += np.array([self._chosen[node] for node in nodes]).repeat(counts)
         else:
-            # Some were selected with their parent: its score and their edge's make theirs.
-            starts, where = (ends - counts).tolist(), dict(zip(nodes, range(len(nodes)), strict=True))
-            for index, node in enumerate(nodes):
-                score = self._chosen.get(node)
-                if score is None:
-                    above = int(trie.parent[node])
-                    edge = int(trie.position_of_node[node]) - int(trie.child_offsets[above])
-                    place = starts[where[above]] + edge
-                    score = scores[place]
-                    is_open[place] = False
-                scores[starts[index] : starts[index] + counts[index]] += score
-        if self.request.subset is not None:
-            is_open &= self.request.subset.nodes[np.maximum(targets, 0)]
+            self._add_parents(scores, nodes, counts, is_open)
+        if subset is not None:
+            is_open &= subset.nodes[np.maximum(targets, 0)]
         # Leaves first: what they raise the bar to, fewer nodes pass.
         self._finish(scores[is_leaf], ~targets[is_leaf])
         self._push(scores[is_open], targets[is_open])
+
+    def _add_parents(
+        self, scores: np.ndarray, nodes: Sequence[int], counts: np.ndarray, is_open: np.ndarray
+    ) -> None:
+        """Add each node's score to its children's where some were selected with their parent: its score and
+        their edge's make theirs, and they are open no more."""
+        trie = self.trie
+        starts, where = (counts.cumsum() - counts).tolist(), dict(zip(nodes, range(len(nodes)), strict=True))
+        for index, node in enumerate(nodes):
+            score = self._chosen.get(node)
+            if score is None:
+                above = int(trie.parent[node])
+                edge = int(trie.position_of_node[node]) - int(trie.child_offsets[above])
+                place = starts[where[above]] + edge
+                score = scores[place]
+                is_open[place] = False
+            scores[starts[index] : starts[index] + counts[index]] += score
 
     def result(self) -> SearchResult:
         """Return the best items found."""
@@ -233,17 +239,16 @@ class BestFirstSearch:
             # Every leaf has an item that may be returned, but for at most one leaf an excluded item.
             best = negated <= np.partition(negated, most - 1)[most - 1]
             negated, leaves = negated[best], leaves[best]
-        order = self.trie.item_order
-        starts = self.trie.leaf_item_offsets[leaves].tolist()
-        stops = self.trie.leaf_item_offsets[leaves + 1].tolist()
-        for score, start, stop in zip(negated.tolist(), starts, stops, strict=True):
-            rows = self.trie.leaf_items[start:stop]
-            if subset is not None:
-                rows = rows[subset.rows[rows]]
-            # In a leaf the popular come first: beyond the k-th that is left none can be returned.
-            for row in rows[:most].tolist():
-                if row not in excluded:
-                    self._done.append((score, int(order[row]), row))
+        starts = self.trie.leaf_item_offsets[leaves]
+        counts = self.trie.leaf_item_offsets[leaves + 1] - starts
+        rows, negated = self.trie.leaf_items[spans(starts, counts)], negated.repeat(counts)
+        if subset is not None:
+            keep = subset.rows[rows]
+            rows, negated = rows[keep], negated[keep]
+        ranks = self.trie.item_order[rows]
+        best = np.lexsort((ranks, negated))[:most]
+        found = zip(negated[best].tolist(), ranks[best].tolist(), rows[best].tolist(), strict=True)
+        self._done += [entry for entry in found if entry[2] not in excluded]
         # Always in order: the threshold is read from the list's end.
         self._done.sort()
         del self._done[self._goal :]
@@ -264,13 +269,16 @@ def run_searches(
         pairs = [(index, node) for index, (_, nodes) in enumerate(asked) for node in nodes]
         if not pairs:
             return [search.result() for search in searches]
-        scored = expand(pairs)
-        opened = np.array([node for _, node in pairs])
-        offsets = searches[0].trie.child_offsets
-        ends = np.append(0, np.cumsum(offsets[opened + 1] - offsets[opened]))
+        scores = expand(pairs).astype(np.float64)
+        # For all searches at once: a small model's step costs no more than a few of these calls.
+        trie = searches[0].trie
+        positions, counts = trie.child_positions(np.array([node for _, node in pairs]))
+        targets = trie.child_targets[positions]
+        ends = [0, *counts.cumsum().tolist()]
         first = 0
         for search, nodes in asked:
             if nodes:
                 last = first + len(nodes)
-                search.feed(nodes, scored[ends[first] : ends[last]])
+                children = slice(ends[first], ends[last])
+                search.feed(nodes, counts[first:last], targets[children], scores[children])
                 first = last

@@ -104,12 +104,11 @@ class Trie:
             nodes: int64 `[nodes]`.
 
         Returns:
-            The places int64 `[children of all]`, and where in them each node's children end, `[nodes]`.
+            The places int64 `[children of all]`, and how many children each node has, `[nodes]`.
         """
         starts = self.child_offsets[nodes]
         counts = self.child_offsets[nodes + 1] - starts
-        ends = np.cumsum(counts)
-        return np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts), ends
+        return spans(starts, counts), counts
 
     @cached_property
     def position_of_node(self) -> np.ndarray:
@@ -128,6 +127,13 @@ class Trie:
             choices.append(int(np.flatnonzero(self.children(node)[1] == target)[0]))
             target, node = node, int(self.parent[node])
         return nodes[::-1], choices[::-1]
+
+
+def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return `counts[i]` places from `starts[i]` on, one span after another; there is at least one."""
+    ends = counts.cumsum()
+    places: np.ndarray = np.arange(ends[-1]) + (starts - ends + counts).repeat(counts)
+    return places
 
 
 def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids: Sequence[str]) -> Trie:

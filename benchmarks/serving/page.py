@@ -130,6 +130,34 @@ def pruned_table(rows: Rows) -> Table:
     return Table("Pruned against full", note, cells)
 
 
+def settings_table(rows: Rows) -> Table:
+    """Return what the search's settings are worth, beside the default."""
+    names = (
+        "Data|Variant|Clients|Requests|CPU ms/request|Of the default|Forwards|Tokens run|Nodes opened|Exact"
+    )
+    cells = [names.split("|")]
+    for row in sorted(rows, key=lambda r: (r["data"], r["model"], -r["clients"])):
+        cells.append(
+            [
+                row["data"],
+                row["variant"],
+                str(row["clients"]),
+                f"{row['requests']:,}",
+                f"{1e3 * row['cpu_seconds_per_request']:.2f}",
+                f"{row['of_default']:.2f}x",
+                f"{row['forwards']:.1f}",
+                f"{row['tokens_run']:.0f}",
+                f"{row['expansions']:.0f}",
+                _share(row["exact_share"]),
+            ]
+        )
+    note = (
+        f"{rows[0]['hardware']}; one engine, the variants in turn on the same fresh prompts; the ratio is "
+        "the median over rounds. `python -m benchmarks.serving.settings`"
+    )
+    return Table("What the search's settings are worth", note, cells)
+
+
 def _waiting(line: Mapping[str, float]) -> list[list[str]]:
     """Return what no server with these batch times could do better at."""
     return [
@@ -240,6 +268,7 @@ def tables(folder: Path = HERE) -> list[Table]:
         ("exactness.json", exactness_table),
         ("service.json", service_table),
         ("profile.json", profile_table),
+        ("settings.json", settings_table),
         ("pruned.json", pruned_table),
         ("big_catalog.json", catalogue_table),
     )

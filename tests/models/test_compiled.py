@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from models import compiled
 from models.compiled import LONG_RUN_STEPS, LONGEST_ROW, as_written, compile_layers
-from models.finetune import final_hidden
+from models.trainer import final_hidden
 from tests.models.test_per_layer import random_model
 from tests.tiny import tiny_model
 

@@ -9,10 +9,10 @@ import torch
 from models.checkpoint import Recommender, load_model, read_recommender
 from models.data import Dataset
 from models.errors import LeanRecError
-from models.finetune import final_hidden
 from models.losses import ValidTokens, valid_cross_entropy, valid_kl, vocabulary_kl
 from models.prompt import PromptConfig, Prompter
 from models.streams import PackedStreams, StreamConfig
+from models.trainer import final_hidden
 from models.transformers_engine import TransformersEngine
 from tests.tiny import make_tiny_recommender
 

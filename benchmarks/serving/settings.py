@@ -1,0 +1,164 @@
+"""What the search's settings and the worker's shortcuts are worth: one engine, one variant after another.
+
+    python -m benchmarks.serving.settings --model DIR --data D [--rounds 8]
+
+Every round asks each variant the same fresh prompts, 16 at a time and one at a time; a ratio is of the CPU
+time of one round. Prints rows and keeps them in `benchmarks/serving/settings.json`: the defaults of
+`SearchSettings` and `CPU_FORWARD_TOKENS` were chosen by them.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.serving.workload import make_workload
+from loadtest.machine import describe_machine, describe_versions
+from models import vllm_engine
+from models.atomic import write_json
+from models.checkpoint import read_recommender
+from models.search import SearchRequest, SearchResult, SearchSettings
+from models.vllm_engine import WorkerEngine
+
+BATCHES = {16: 48, 1: 12}
+"""Clients and the requests a round takes from them"""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the search."""
+
+    name: str
+    settings: SearchSettings = field(default_factory=SearchSettings)
+    forward_tokens: int = vllm_engine.CPU_FORWARD_TOKENS
+    wide_copies: bool = True
+    """Whether KV blocks are copied as 8-byte words"""
+
+
+VARIANTS = (
+    Variant("default"),
+    Variant("8 nodes a step", SearchSettings(width=8)),
+    Variant("24 nodes a step", SearchSettings(width=24)),
+    Variant("32 nodes a step", SearchSettings(width=32)),
+    Variant("subtrees of 2 opened whole", SearchSettings(subtree=2)),
+    Variant("subtrees of 8 opened whole", SearchSettings(subtree=8)),
+    Variant("forwards of 300 tokens", forward_tokens=300),
+    Variant("forwards of 1,200 tokens", forward_tokens=1200),
+    Variant("KV blocks copied in their own type", wide_copies=False),
+)
+
+
+def main() -> None:
+    """Measure, print and keep the rows of one model."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.settings")
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--rounds", type=int, default=8)
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found = compare(options.model, options.data, options.rounds)
+    path = Path("benchmarks/serving/settings.json")
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*(row for row in rows if row["model"] != found[0]["model"]), *found])
+    print(json.dumps(found, indent=1))
+
+
+def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each variant and number of clients."""
+    recommender = read_recommender(model)
+    each = sum(BATCHES.values())
+    prompts = make_workload(recommender, data, (rounds + 1) * each).fresh
+    # The layers are prepared for the largest forward of all variants.
+    vllm_engine.CPU_FORWARD_TOKENS = max(variant.forward_tokens for variant in VARIANTS)
+    engine = vllm_engine.open_engine(recommender)
+    if not isinstance(engine, WorkerEngine):
+        raise RuntimeError("the search does not run inside the worker here")
+    cpu: dict[tuple[str, int], list[float]] = {}
+    counts: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    results: dict[tuple[str, int], list[SearchResult]] = {}
+    for number in range(rounds + 1):
+        asked = prompts[number * each : (number + 1) * each]
+        for variant in VARIANTS:
+            begin = 0
+            for clients, count in BATCHES.items():
+                with _as(engine, variant) as run:
+                    begun = time.process_time()
+                    answers = _ask(engine, asked[begin : begin + count], clients)
+                    seconds = (time.process_time() - begun) / count
+                begin += count
+                if number:  # the first round generates kernels
+                    key = variant.name, clients
+                    cpu.setdefault(key, []).append(seconds)
+                    counts.setdefault(key, []).append((run.forwards, run.tokens))
+                    results.setdefault(key, []).extend(answers)
+    engine.close()
+    machine = describe_machine()
+    return [
+        {
+            "data": Path(data).name,
+            "model": model.name,
+            "variant": name,
+            "clients": clients,
+            "requests": len(results[name, clients]),
+            "cpu_seconds_per_request": float(np.median(seconds)),
+            "of_default": float(np.median(np.array(seconds) / np.array(cpu["default", clients]))),
+            "forwards": sum(f for f, _ in counts[name, clients]) / len(results[name, clients]),
+            "tokens_run": sum(t for _, t in counts[name, clients]) / len(results[name, clients]),
+            "exact_share": float(np.mean([r.exact for r in results[name, clients]])),
+            "expansions": float(np.mean([r.expansions for r in results[name, clients]])),
+            "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+            "versions": describe_versions(),
+        }
+        for (name, clients), seconds in cpu.items()
+    ]
+
+
+def _ask(engine: WorkerEngine, prompts: list[list[int]], clients: int) -> list[SearchResult]:
+    return [
+        result
+        for begin in range(0, len(prompts), clients)
+        for result in engine.recommend([SearchRequest(prompt=p) for p in prompts[begin : begin + clients]])
+    ]
+
+
+@dataclass
+class _Run:
+    """What a variant ran."""
+
+    forwards: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def _as(engine: WorkerEngine, variant: Variant) -> Iterator[_Run]:
+    """Let the engine run as a variant, its cache empty, and count."""
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    forward, counted = worker._trie_forward, _Run()
+    setup, layers, wide = engine._setup, forward.run, forward._wide
+
+    def run(queries: Any, *rest: Any) -> Any:
+        counted.forwards += 1
+        counted.tokens += sum(len(query.tokens) for query in queries)
+        return layers(queries, *rest)
+
+    engine._setup = replace(setup, settings=variant.settings)
+    engine.use_trie(setup.trie)
+    worker._trie_pool.forget()
+    forward.max_tokens = variant.forward_tokens
+    forward._wide = wide if variant.wide_copies else forward._caches
+    forward.run = run
+    try:
+        yield counted
+    finally:
+        forward.run, forward._wide, engine._setup = layers, wide, setup
+
+
+if __name__ == "__main__":
+    main()
