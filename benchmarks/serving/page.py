@@ -136,14 +136,15 @@ def settings_table(rows: Rows) -> Table:
         "Data|Variant|Clients|Requests|CPU ms/request|Of the default|Forwards|Tokens run|Nodes opened|Exact"
     )
     cells = [names.split("|")]
-    for row in sorted(rows, key=lambda r: (r["data"], r["model"], -r["clients"])):
+    for row in sorted(rows, key=lambda r: (r["model"], -r["clients"])):
         cells.append(
             [
-                row["data"],
+                row["model"],
                 row["variant"],
                 str(row["clients"]),
                 f"{row['requests']:,}",
                 f"{1e3 * row['cpu_seconds_per_request']:.2f}",
+                f"{row['layer_seconds_per_request'] / row['cpu_seconds_per_request']:.0%}",
                 f"{row['of_default']:.2f}x",
                 f"{row['forwards']:.1f}",
                 f"{row['tokens_run']:.0f}",

@@ -81,7 +81,7 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
     if not isinstance(engine, WorkerEngine):
         raise RuntimeError("the search does not run inside the worker here")
     cpu: dict[tuple[str, int], list[float]] = {}
-    counts: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    runs: dict[tuple[str, int], list[_Run]] = {}
     results: dict[tuple[str, int], list[SearchResult]] = {}
     for number in range(rounds + 1):
         asked = prompts[number * each : (number + 1) * each]
@@ -96,7 +96,7 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
                 if number:  # the first round generates kernels
                     key = variant.name, clients
                     cpu.setdefault(key, []).append(seconds)
-                    counts.setdefault(key, []).append((run.forwards, run.tokens))
+                    runs.setdefault(key, []).append(run)
                     results.setdefault(key, []).extend(answers)
     engine.close()
     machine = describe_machine()
@@ -109,8 +109,11 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
             "requests": len(results[name, clients]),
             "cpu_seconds_per_request": float(np.median(seconds)),
             "of_default": float(np.median(np.array(seconds) / np.array(cpu["default", clients]))),
-            "forwards": sum(f for f, _ in counts[name, clients]) / len(results[name, clients]),
-            "tokens_run": sum(t for _, t in counts[name, clients]) / len(results[name, clients]),
+            "layer_seconds_per_request": float(
+                np.median([run.layer_seconds for run in runs[name, clients]]) / BATCHES[clients]
+            ),
+            "forwards": sum(run.forwards for run in runs[name, clients]) / len(results[name, clients]),
+            "tokens_run": sum(run.tokens for run in runs[name, clients]) / len(results[name, clients]),
             "exact_share": float(np.mean([r.exact for r in results[name, clients]])),
             "expansions": float(np.mean([r.expansions for r in results[name, clients]])),
             "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
@@ -134,6 +137,8 @@ class _Run:
 
     forwards: int = 0
     tokens: int = 0
+    layer_seconds: float = 0.0
+    """CPU time in the model's layers"""
 
 
 @contextmanager
@@ -141,23 +146,26 @@ def _as(engine: WorkerEngine, variant: Variant) -> Iterator[_Run]:
     """Let the engine run as a variant, its cache empty, and count."""
     worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
     forward, counted = worker._trie_forward, _Run()
-    setup, layers, wide = engine._setup, forward.run, forward._wide
+    setup, layers, wide = engine._setup, forward.fused, forward._wide
 
-    def run(queries: Any, *rest: Any) -> Any:
+    def run(tokens: Any, *rest: Any) -> Any:
         counted.forwards += 1
-        counted.tokens += sum(len(query.tokens) for query in queries)
-        return layers(queries, *rest)
+        counted.tokens += len(tokens)
+        begun = time.process_time()
+        hidden = layers(tokens, *rest)
+        counted.layer_seconds += time.process_time() - begun
+        return hidden
 
     engine._setup = replace(setup, settings=variant.settings)
     engine.use_trie(setup.trie)
     worker._trie_pool.forget()
     forward.max_tokens = variant.forward_tokens
     forward._wide = wide if variant.wide_copies else forward._caches
-    forward.run = run
+    forward.fused = run
     try:
         yield counted
     finally:
-        forward.run, forward._wide, engine._setup = layers, wide, setup
+        forward.fused, forward._wide, engine._setup = layers, wide, setup
 
 
 if __name__ == "__main__":
