@@ -12,6 +12,8 @@ from compress.distill import LossWeights
 from compress.method import Method
 
 Cut = Literal["width", "mlp", "depth"]
+SHALLOW = 6
+"""Layers for which the learning rate of a stage that mends was measured"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +24,22 @@ class Stage:
     share: float
     """of the restoration tokens"""
     learning_rate: float = 4e-3
+    mends: bool = False
+    """Whether few steps are to repair weights that still work: then `rate` falls with the depth"""
     keep: float = 1.0
     """amplitude of the pruned weights where restoration begins, the rest fresh: `compress.shrink_perturb`"""
 
+    def rate(self, layers: int) -> float:
+        """Return the peak learning rate for a model of so many layers.
+
+        What a step changes adds up over the layers. At the rate that mends six, the first steps undo thirty.
+        """
+        return self.learning_rate * min(1.0, SHALLOW / layers) if self.mends else self.learning_rate
+
 
 THREE_STAGES = (
-    Stage(cuts=("width",), share=0.05, learning_rate=1e-3),
-    Stage(cuts=("mlp",), share=0.05, learning_rate=1e-3),
+    Stage(cuts=("width",), share=0.05, learning_rate=1e-3, mends=True),
+    Stage(cuts=("mlp",), share=0.05, learning_rate=1e-3, mends=True),
     # Without most of its layers little of the model works: what is left is a start, not a model to mend.
     Stage(cuts=("depth",), share=0.90, keep=0.5),
 )

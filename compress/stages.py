@@ -180,7 +180,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         directory=trainer_files,
         settings=RestoreSettings(
             tokens=round(run.tokens * run.recipe.stages[stage].share),
-            learning_rate=run.recipe.stages[stage].learning_rate,
+            learning_rate=run.recipe.stages[stage].rate(run.plan.stages[stage].num_layers),
             keep=run.recipe.stages[stage].keep,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             # What a stage of a few steps leaves is cut again: one evaluation says whether it helped.

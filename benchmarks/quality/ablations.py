@@ -17,10 +17,11 @@ ABLATIONS: dict[str, Recipe] = {
     "two-stages": replace(
         _DEFAULT,
         stages=(
-            Stage(cuts=("width", "mlp"), share=0.1, learning_rate=1e-3),
+            Stage(cuts=("width", "mlp"), share=0.1, learning_rate=1e-3, mends=True),
             Stage(cuts=("depth",), share=0.9, keep=0.5),
         ),
     ),
     "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
+    "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }

@@ -43,6 +43,14 @@ def test_a_term_without_weight_has_no_part_in_the_loss() -> None:
     assert loss(LossWeights(valid=0.5, vocabulary=0.5)) > 0.1
 
 
+def test_the_rate_that_mends_falls_with_the_depth() -> None:
+    width, mlp, depth = Recipe().stages
+    assert [width.rate(layers) for layers in (2, 6, 12, 30)] == pytest.approx([1e-3, 1e-3, 5e-4, 2e-4])
+    assert mlp.rate(30) == width.rate(30)
+    assert depth.rate(30) == depth.rate(6), "weights that are made anew are trained, not mended"
+    assert {stage.rate(30) for stage in RECIPES["prunerec"].stages} == {3e-4}, "as published"
+
+
 def test_the_command_offers_every_recipe() -> None:
     assert sorted(cli.RECIPES) == sorted(RECIPES)
     assert cli.parser().get_default("recipe") == "leanrec"

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import PartialState
+from transformers import AutoModelForCausalLM
 
 from compress.job import Job
 from compress.pipeline import prepare
-from compress.recipe import RECIPES
+from compress.recipe import RECIPES, THREE_STAGES
+from compress.restore import Course, Restored
 from compress.stages import _ranks, _streams, run_stages, step_names
 from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
@@ -44,6 +46,25 @@ def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
     cuts = [told["name"] for name in names for told in finished(tmp_path, f"{name}-cut")["surgery"]]
     assert sorted(cuts) == sorted(set(cuts)), "each dimension is cut once"
     assert ("random" in recipe) == (cuts == [])
+
+
+def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypatch):
+    run = prepared(full, "leanrec")
+    stages = tuple(replace(stage, learning_rate=6.0 * number) for number, stage in enumerate(THREE_STAGES, 1))
+    run = replace(run, recipe=replace(run.recipe, stages=stages))
+    rates = []
+
+    def restored(start, *, settings, **_):
+        rates.append(settings.learning_rate)
+        model = AutoModelForCausalLM.from_pretrained(start)
+        return Restored(model, Course(steps=1, tokens=1, best_step=1, curve=[], losses=[]))
+
+    monkeypatch.setattr("compress.stages.restore", restored)
+    monkeypatch.setattr("compress.recipe.SHALLOW", 1)
+    run_stages(run, tmp_path, PartialState(cpu=True))
+    layers = run.plan.full.num_layers
+    assert layers > 1
+    assert rates == pytest.approx([6.0 / layers, 12.0 / layers, 18.0])
 
 
 def test_the_shapes_of_the_one_sided_recipes(full):
