@@ -11,6 +11,8 @@ class Table:
     def __init__(
         self, title: str, note: str, cells: Sequence[Sequence[str]], figures: Sequence[str] = ()
     ) -> None:
+        if len({len(row) for row in cells}) > 1:
+            raise ValueError(f"{title}: a row has more or fewer cells than there are names")
         self.title, self.note, self.cells, self.figures = title, note, cells, figures
 
     def markdown(self) -> str:

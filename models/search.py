@@ -113,17 +113,15 @@ class BestFirstSearch:
         self.expansions += len(nodes)
         return nodes
 
-    def feed(
-        self, nodes: Sequence[int], counts: np.ndarray, targets: np.ndarray, log_probs: np.ndarray
-    ) -> None:
+    def feed(self, nodes: Sequence[int], counts: np.ndarray, targets: np.ndarray, scores: np.ndarray) -> None:
         """Take the log-probabilities over the children of the selected nodes, node after node.
 
         Args:
             counts: int `[nodes]`: children of each node.
             targets: int32 `[children of all]`: what the trie has for them.
-            log_probs: float64 `[children of all]`; changed.
+            scores: the log-probabilities, float64 `[children of all]`; changed.
         """
-        scores, subset = log_probs, self.request.subset
+        subset = self.request.subset
         is_open = targets >= 0
         is_leaf = ~is_open
         if len(self._chosen) == len(nodes):

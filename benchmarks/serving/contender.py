@@ -33,6 +33,7 @@ class EngineContender:
     ) -> None:
         import torch
 
+        from benchmarks.serving.inside import worker_of
         from models.checkpoint import read_recommender
         from models.search import SearchSettings
         from models.vllm_engine import open_engine
@@ -45,8 +46,7 @@ class EngineContender:
             raise RuntimeError(f"the engine is {self.engine.name}, not {kind}")
         self.tokens = 0
         if kind == "worker":
-            core = self.engine.llm.llm_engine.engine_core.engine_core
-            self.forward = core.model_executor.driver_worker.worker._trie_forward
+            self.forward = worker_of(self.engine)._trie_forward
             self._count_tokens()
 
     def _count_tokens(self) -> None:

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.serving.inside import worker_of
 from models.atomic import write_json
 from models.checkpoint import load_model, read_recommender
 from models.data import load_data
 from models.search import SearchRequest, SearchResult, SearchSettings
 from models.transformers_engine import TransformersEngine
-from models.vllm_engine import WorkerEngine, open_engine
+from models.vllm_engine import open_engine
 from models.vllm_search import WorkerSearch
 
 K = 10
@@ -54,9 +55,7 @@ def exactness(model: Path, data: str, users: int) -> dict[str, Any]:
     earlier = [recommender.prompter.encode(history[:-1]) for history in rows]
     requests = [SearchRequest(prompt=prompt, k=K) for prompt in prompts]
     engine = open_engine(recommender)
-    if not isinstance(engine, WorkerEngine):
-        raise RuntimeError("the search does not run inside the worker here")
-    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(engine)
     search, pool = worker._trie_search, worker._trie_pool
 
     def run(asked: Sequence[SearchRequest], batch: int = BATCH, *, cold: bool = True) -> list[SearchResult]:

@@ -132,10 +132,8 @@ def pruned_table(rows: Rows) -> Table:
 
 def settings_table(rows: Rows) -> Table:
     """Return what the search's settings are worth, beside the default."""
-    names = (
-        "Data|Variant|Clients|Requests|CPU ms/request|Of the default|Forwards|Tokens run|Nodes opened|Exact"
-    )
-    cells = [names.split("|")]
+    names = "Model|Variant|Clients|Requests|CPU ms/request|In the layers|Of the default|Forwards|Tokens run"
+    cells = [[*names.split("|"), "Nodes opened", "Exact"]]
     for row in sorted(rows, key=lambda r: (r["model"], -r["clients"])):
         cells.append(
             [

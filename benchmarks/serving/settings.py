@@ -3,8 +3,8 @@
     python -m benchmarks.serving.settings --model DIR --data D [--rounds 8]
 
 Every round asks each variant the same fresh prompts, 16 at a time and one at a time; a ratio is of the CPU
-time of one round. Prints rows and keeps them in `benchmarks/serving/settings.json`: the defaults of
-`SearchSettings` and `CPU_FORWARD_TOKENS` were chosen by them.
+time of one round. Prints rows and keeps them in `benchmarks/serving/settings.json`: they hold the
+defaults of `SearchSettings` and `CPU_FORWARD_TOKENS` against others.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.serving.inside import worker_of
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_machine, describe_versions
 from models import vllm_engine
 from models.atomic import write_json
 from models.checkpoint import read_recommender
 from models.search import SearchRequest, SearchResult, SearchSettings
-from models.vllm_engine import WorkerEngine
 
 BATCHES = {16: 48, 1: 12}
 """Clients and the requests a round takes from them"""
@@ -78,8 +78,6 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
     # The layers are prepared for the largest forward of all variants.
     vllm_engine.CPU_FORWARD_TOKENS = max(variant.forward_tokens for variant in VARIANTS)
     engine = vllm_engine.open_engine(recommender)
-    if not isinstance(engine, WorkerEngine):
-        raise RuntimeError("the search does not run inside the worker here")
     cpu: dict[tuple[str, int], list[float]] = {}
     runs: dict[tuple[str, int], list[_Run]] = {}
     results: dict[tuple[str, int], list[SearchResult]] = {}
@@ -123,7 +121,7 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
     ]
 
 
-def _ask(engine: WorkerEngine, prompts: list[list[int]], clients: int) -> list[SearchResult]:
+def _ask(engine: Any, prompts: list[list[int]], clients: int) -> list[SearchResult]:
     return [
         result
         for begin in range(0, len(prompts), clients)
@@ -142,10 +140,12 @@ class _Run:
 
 
 @contextmanager
-def _as(engine: WorkerEngine, variant: Variant) -> Iterator[_Run]:
+def _as(engine: Any, variant: Variant) -> Iterator[_Run]:
     """Let the engine run as a variant, its cache empty, and count."""
-    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    worker = worker_of(engine)
     forward, counted = worker._trie_forward, _Run()
+    if forward.fused is None:
+        raise RuntimeError("vLLM's own layers run here: see the log for the reason")
     setup, layers, wide = engine._setup, forward.fused, forward._wide
 
     def run(tokens: Any, *rest: Any) -> Any:

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.serving import settings
 from benchmarks.serving.exactness import exactness
 from benchmarks.serving.floor import matrix_shapes, request_flops
-from benchmarks.serving.page import cost_table, write_pages
+from benchmarks.serving.page import cost_table, settings_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from models.checkpoint import read_recommender
 from models.families import Shape, Traits, count_parameters
+from models.search import SearchSettings
 from tests.tiny import make_tiny_recommender, write_tiny_data
 
 FACTS = {
@@ -89,3 +91,27 @@ def test_certificates_hold_on_a_tiny_catalogue(tiny: tuple[Path, Path]) -> None:
     assert row["exact_share"] == row["exact_equal_share"] == 1.0
     assert row["max_score_difference"] < 1e-3
     assert row["alone_equals_batched"] == row["returning_equals_cold"] == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_every_variant_of_the_settings_is_asked_the_same(
+    tiny: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "BATCHES", {4: 8, 1: 2})
+    narrow = settings.Variant("2 nodes a step", SearchSettings(width=2))
+    monkeypatch.setattr(settings, "VARIANTS", (settings.VARIANTS[0], narrow, settings.VARIANTS[-1]))
+    monkeypatch.setattr(settings.vllm_engine, "CPU_FORWARD_TOKENS", 600)  # put back afterwards
+    found = settings.compare(tiny[0], str(tiny[1]), 1)
+    assert [row["variant"] for row in found[::2]] == [variant.name for variant in settings.VARIANTS]
+    by_name = {(row["variant"], row["clients"]): row for row in found}
+    for clients, requests in ((4, 8), (1, 2)):
+        default = by_name["default", clients]
+        assert default["of_default"] == 1.0
+        assert default["requests"] == requests
+        assert 0 < default["layer_seconds_per_request"] < default["cpu_seconds_per_request"]
+        assert default["exact_share"] == 1.0
+        # Smaller steps are more forwards; how blocks are copied changes nothing that is run.
+        assert by_name["2 nodes a step", clients]["forwards"] > default["forwards"]
+        assert by_name["KV blocks copied in their own type", clients]["tokens_run"] == default["tokens_run"]
+    assert len(settings_table(found).cells) == 1 + len(found)
