@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.plan import Plan
-from compress.recipe import Recipe
+from compress.recipe import Recipe, Stage
 from models.checkpoint import Recommender
 from models.data import Dataset
 from models.vocabulary import Trimmed
@@ -50,6 +50,8 @@ class Run:
     """numbered as the full model's catalogue"""
     plan: Plan
     recipe: Recipe
+    stages: tuple[Stage, ...]
+    """the recipe's, one for each of the plan's"""
     tokens: int
     """of restoration, all stages together"""
     layout: str

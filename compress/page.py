@@ -198,9 +198,9 @@ def _restoration_figures(evidence: Evidence) -> str:
 
 
 def _importance_figures(evidence: Evidence) -> str:
-    made = {told["name"]: told for cut in evidence.cuts for told in cut["surgery"]}
+    made = [told for cut in evidence.cuts for told in cut["surgery"]]
     nothing: dict[str, Any] = {"importances": {}, "kept": {}, "dropped_layers": []}
-    width, depth = made.get("width", nothing), made.get("depth", nothing)
+    width = next((told for told in made if told["name"] == "width"), nothing)
     figures = []
     for key, label in (("query_heads", "query head"), ("kv_groups", "KV group")):
         rows = width["importances"].get(key)
@@ -210,12 +210,14 @@ def _importance_figures(evidence: Evidence) -> str:
                 rows, row_label="layer", column_label=label, title=f"Importance by {label}", kept=kept
             )
             figures.append(_figure(f"Importance by {label} (crossed out: removed)", chart))
-    rounds = depth["importances"].get("layers")
-    if rounds and rounds[0]:
-        dropped = set(depth["dropped_layers"])
-        bars = [Bar(str(n), kl, muted=n in dropped) for n, kl in enumerate(rounds[0]) if kl >= 0]
-        chart = bar_chart(bars, y_label="KL without it, nats", title="Importance by layer")
-        figures.append(_figure("Importance by layer, those tried (grey: removed)", chart))
+    for depth in (told for told in made if told["name"] == "depth"):
+        rounds = depth["importances"].get("layers")
+        if rounds and rounds[0]:
+            dropped = set(depth["dropped_layers"])
+            bars = [Bar(str(n), kl, muted=n in dropped) for n, kl in enumerate(rounds[0]) if kl >= 0]
+            chart = bar_chart(bars, y_label="KL without it, nats", title="Importance by layer")
+            of = len(rounds[0])
+            figures.append(_figure(f"Importance by layer of {of}, those tried (grey: removed)", chart))
     return _figures(*figures) if figures else '<p class="note">No scores were kept.</p>'
 
 

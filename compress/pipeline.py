@@ -141,6 +141,7 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         data=data,
         plan=plan,
         recipe=recipe,
+        stages=recipe.stages_for(plan.cuts),
         tokens=tokens,
         layout=job.layout,
         quantize=job.quantize,
@@ -170,7 +171,7 @@ def _layout(run: Run) -> list[str]:
 
 def _cost(run: Run) -> str:
     """Return in words what the work will take."""
-    counts, shares = run.plan.counts, [stage.share for stage in run.recipe.stages]
+    counts, shares = run.plan.counts, [stage.share for stage in run.stages]
     drawn = run.recipe.drawings * _title_tokens(run.full, run.data)
     read = min(run.tokens, drawn)
     reading = 2 * counts[0].total * read

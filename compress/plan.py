@@ -24,6 +24,8 @@ HIDDEN_STEPS = (64, 32, 16)
 DEPTH_SHARE = 0.4
 LEAST_HIDDEN = 64
 """below it the price is steep: a judgement, not a measurement"""
+SHALLOW = 6
+"""layers that are not halved on the way to fewer, and for which stages that mend were measured"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Plan:
     """non-embedding parameters the result may have at most"""
     full: Shape
     cuts: tuple[tuple[str, ...], ...]
-    """of each stage: `width` (heads and hidden size), `mlp`, `depth`; none where weights start at random"""
+    """of each stage: `width` (heads and hidden size), `mlp`, `halving` (of the layers), `depth`; none where
+    weights start at random"""
     stages: tuple[Shape, ...]
     """after each stage"""
     traits: Traits
@@ -144,7 +147,7 @@ def make_plan(
     """Return the shapes whose last has at most the target's parameters and at most 1 % fewer.
 
     Args:
-        cuts: what each stage cuts.
+        cuts: what each stage cuts; `halving` once for each time the layers are halved on the way.
         shape: `width` keeps every layer; `depth` keeps the hidden size, and of heads and MLP what fits.
 
     Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
@@ -175,12 +178,13 @@ def make_plan(
         )
     ideal_layers = max(full.num_layers * (budget / full_count) ** DEPTH_SHARE, min(2, full.num_layers))
     final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
+    staged = list(_shapes(full, final, cuts))
     return Plan(
         target_text=target_text.strip(),
         budget=budget,
         full=full,
-        cuts=tuple(cuts),
-        stages=tuple(_shapes(full, final, cuts)),
+        cuts=tuple(made for made, _ in staged),
+        stages=tuple(after for _, after in staged),
         traits=traits,
         full_vocab_size=traits.vocab_size,
     )
@@ -191,17 +195,34 @@ def shape_after(cut: str, before: Shape, final: Shape) -> Shape:
     changed = {
         "width": ("hidden_size", "num_heads", "num_kv_heads"),
         "mlp": ("intermediate_size",),
+        "halving": ("num_layers",),
         "depth": ("num_layers",),
     }[cut]
     return replace(before, **{name: getattr(final, name) for name in changed})
 
 
-def _shapes(full: Shape, final: Shape, cuts: Sequence[tuple[str, ...]]) -> Iterator[Shape]:
+def halvings(layers: int, final: int) -> Iterator[int]:
+    """Yield how many layers each halving leaves on the way to the final number, which is not among them."""
+    half = math.ceil(layers / 2)
+    while half > max(final, SHALLOW):
+        yield half
+        half = math.ceil(half / 2)
+
+
+def _shapes(
+    full: Shape, final: Shape, cuts: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[tuple[str, ...], Shape]]:
+    """Yield what each stage cuts and the shape it leaves."""
     shape = full
     for stage in cuts:
+        if stage == ("halving",):
+            for layers in halvings(shape.num_layers, final.num_layers):
+                shape = replace(shape, num_layers=layers)
+                yield stage, shape
+            continue
         for cut in stage:
             shape = shape_after(cut, shape, final)
-        yield shape if stage else final
+        yield stage, shape if stage else final
 
 
 def _allowed(candidate: Shape, full: Shape, shape: str) -> bool:

@@ -4,16 +4,15 @@ A report that shows a pruned model without the controls proves little: the same 
 kept, the cuts one by one, and the published method, all with the same teacher and the same budget of tokens.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from compress.distill import LossWeights
 from compress.method import Method
+from compress.plan import SHALLOW
 
-Cut = Literal["width", "mlp", "depth"]
-SHALLOW = 6
-"""Layers for which the learning rate of a stage that mends was measured"""
+Cut = Literal["width", "mlp", "halving", "depth"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +21,7 @@ class Stage:
 
     cuts: tuple[Cut, ...]
     share: float
-    """of the restoration tokens"""
+    """of the restoration tokens, for each time a plan makes these cuts"""
     learning_rate: float = 4e-3
     mends: bool = False
     """Whether few steps are to repair weights that still work: then `rate` falls with the depth"""
@@ -69,6 +68,12 @@ class Recipe:
     validation_users: int = 1000
     weights: LossWeights | None = None
     """None: by what the full model was trained on"""
+
+    def stages_for(self, cuts: Sequence[tuple[str, ...]]) -> tuple[Stage, ...]:
+        """Return the stage of each of a plan's cuts, their shares adding up to 1."""
+        stages = [next(stage for stage in self.stages if stage.cuts == made) for made in cuts]
+        total = sum(stage.share for stage in stages)
+        return tuple(replace(stage, share=stage.share / total) for stage in stages)
 
     def weights_for(self, training: Mapping[str, Any]) -> LossWeights:
         """Return the shares of the loss for a full model's `training` record.

@@ -9,7 +9,12 @@ from compress.verify import Parity, Weights
 from models.families import ParameterCounts
 from models.metrics import Paired
 
-CUT_NAMES = {"width": "heads and hidden width", "mlp": "MLP width", "depth": "layers"}
+CUT_NAMES = {
+    "width": "heads and hidden width",
+    "mlp": "MLP width",
+    "halving": "half the layers",
+    "depth": "layers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ def _cut(bench: Bench, stage: int, name: str) -> None:
             model = bench.teacher
         else:
             model = load_step_model(bench.work, step_names(run.plan)[stage - 1]).to(run.device)
-        cuts = run.recipe.stages[stage].cuts
+        cuts = run.stages[stage].cuts
         for cut in cuts:
             before = Shape.of(model.config)
             shape = shape_after(cut, before, run.plan.stages[stage])
@@ -179,12 +179,12 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         rank=bench.yardstick.ndcg if _ranks(run, stage) else None,
         directory=trainer_files,
         settings=RestoreSettings(
-            tokens=round(run.tokens * run.recipe.stages[stage].share),
-            learning_rate=run.recipe.stages[stage].rate(run.plan.stages[stage].num_layers),
-            keep=run.recipe.stages[stage].keep,
+            tokens=round(run.tokens * run.stages[stage].share),
+            learning_rate=run.stages[stage].rate(run.plan.stages[stage].num_layers),
+            keep=run.stages[stage].keep,
             batch_rows=max(1, run.recipe.batch_tokens // bench.rows.row_tokens),
             # What a stage of a few steps leaves is cut again: one evaluation says whether it helped.
-            evaluations=EVALUATIONS if run.recipe.stages[stage].share > 0.5 else 1,
+            evaluations=EVALUATIONS if run.stages[stage].share > 0.5 else 1,
             seed=run.seed + stage,
             device=run.device,
             weights=run.recipe.weights_for(run.full.training),
@@ -215,7 +215,7 @@ def _ranks(run: Run, stage: int) -> bool:
     After an early stage's few steps a model can rank worse than right after the cut and still be the better
     start for the next.
     """
-    return stage == len(run.recipe.stages) - 1 and run.full.training.get("chosen_by") == "ndcg@10"
+    return stage == len(run.stages) - 1 and run.full.training.get("chosen_by") == "ndcg@10"
 
 
 def _step(

@@ -21,6 +21,19 @@ ABLATIONS: dict[str, Recipe] = {
             Stage(cuts=("depth",), share=0.9, keep=0.5),
         ),
     ),
+    # Candidates for deep pretrained models, whose last restoration starts badly from weights made anew.
+    "as-cut-slow": replace(
+        _DEFAULT,
+        stages=(*_DEFAULT.stages[:2], Stage(cuts=("depth",), share=0.90, learning_rate=1e-3)),
+    ),
+    "halving": replace(
+        _DEFAULT,
+        stages=(
+            *_DEFAULT.stages[:2],
+            Stage(cuts=("halving",), share=0.05, learning_rate=5e-4, mends=True),
+            Stage(cuts=("depth",), share=0.90, learning_rate=1e-3),
+        ),
+    ),
     "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
     "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),

@@ -34,6 +34,8 @@ TITLES = {
     "both-kl": "LeanRec, half of either KL",
     "two-stages": "LeanRec in two stages",
     "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
+    "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",
+    "halving": "LeanRec, layers halved first, then taken; both cuts mended",
     "same-rate": "LeanRec, early stages at one learning rate whatever the depth",
     "as-cut": "LeanRec, restored from the weights as they were cut",
     "bigram": "last-item bigram",

@@ -1,13 +1,14 @@
 """Targets and plans: the budget is met within 1 %, or the refusal says what can be reached."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from compress.plan import make_plan, parse_target
+from compress.plan import halvings, make_plan, parse_target
 from models.errors import UsageError
 from models.families import Shape, non_embedding_parameters, resized_config
 
@@ -210,3 +211,27 @@ def test_description_shows_shapes_and_counts():
         assert f"{count.attention:,}" in text
         assert f"{count.total:,}" in text
     assert re.search(rf"hidden size\s+896\s+{plan.final.hidden_size}\s", text)
+
+
+def test_layers_are_halved_on_the_way_to_few_and_never_in_shallow_models():
+    assert list(halvings(30, 8)) == [15]
+    assert list(halvings(32, 9)) == [16]
+    assert list(halvings(61, 5)) == [31, 16, 8]
+    assert list(halvings(30, 15)) == [], "the last cut takes the layers itself"
+    assert list(halvings(12, 2)) == [], "six are shallow"
+
+
+def test_each_halving_is_a_stage_of_its_own_and_keeps_all_but_layers():
+    cuts = (("width",), ("mlp",), ("halving",), ("depth",))
+    plan = make_plan(published()["SmolLM2-135M"], "5%", cuts=cuts)
+    assert plan.cuts == cuts
+    narrow, half, final = plan.stages[1:]
+    assert half == replace(narrow, num_layers=15)
+    assert (
+        final
+        == replace(narrow, num_layers=final.num_layers)
+        == make_plan(published()["SmolLM2-135M"], "5%").final
+    )
+    shallow = make_plan(published()["demo"], "5%", cuts=cuts)
+    assert shallow.cuts == (("width",), ("mlp",), ("depth",))
+    assert len(shallow.stages) == 3

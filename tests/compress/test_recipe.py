@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.quality.ablations import ABLATIONS
 from compress import cli
 from compress.distill import LossWeights, distillation_loss
 from compress.recipe import RECIPES, Recipe
@@ -49,6 +50,17 @@ def test_the_rate_that_mends_falls_with_the_depth() -> None:
     assert mlp.rate(30) == width.rate(30)
     assert depth.rate(30) == depth.rate(6), "weights that are made anew are trained, not mended"
     assert {stage.rate(30) for stage in RECIPES["prunerec"].stages} == {3e-4}, "as published"
+
+
+def test_each_of_a_plans_cuts_gets_its_stage_and_all_tokens_are_spent():
+    width, mlp, halving, depth = ("width",), ("mlp",), ("halving",), ("depth",)
+    recipe = ABLATIONS["halving"]
+    shallow = recipe.stages_for((width, mlp, depth))
+    assert [stage.cuts for stage in shallow] == [width, mlp, depth]
+    assert [stage.share for stage in shallow] == pytest.approx([0.05, 0.05, 0.9])
+    deep = recipe.stages_for((width, mlp, halving, halving, depth))
+    assert [stage.cuts for stage in deep] == [width, mlp, halving, halving, depth]
+    assert sum(stage.share for stage in deep) == pytest.approx(1.0)
 
 
 def test_the_command_offers_every_recipe() -> None:

@@ -8,9 +8,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
+from benchmarks.quality.ablations import ABLATIONS
 from compress.job import Job
 from compress.pipeline import prepare
-from compress.recipe import RECIPES, THREE_STAGES
+from compress.recipe import RECIPES
 from compress.restore import Course, Restored
 from compress.stages import _ranks, _streams, run_stages, step_names
 from compress.work import finished, load_step_model, sharing
@@ -26,8 +27,8 @@ def full(tmp_path_factory):
     return directory
 
 
-def prepared(full, recipe, shared=None):
-    job = Job(target="30%", restore_tokens=600, recipe=recipe, device="cpu", shared=shared)
+def prepared(full, recipe, shared=None, target="30%"):
+    job = Job(target=target, restore_tokens=600, recipe=recipe, device="cpu", shared=shared)
     run = prepare(job, full, "cpu")
     small = replace(run.recipe, batch_tokens=512, calibration_rows=4, validation_users=10)
     return replace(run, recipe=small)
@@ -50,8 +51,8 @@ def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
 
 def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypatch):
     run = prepared(full, "leanrec")
-    stages = tuple(replace(stage, learning_rate=6.0 * number) for number, stage in enumerate(THREE_STAGES, 1))
-    run = replace(run, recipe=replace(run.recipe, stages=stages))
+    stages = tuple(replace(stage, learning_rate=6.0 * number) for number, stage in enumerate(run.stages, 1))
+    run = replace(run, stages=stages)
     rates = []
 
     def restored(start, *, settings, **_):
@@ -65,6 +66,21 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     layers = run.plan.full.num_layers
     assert layers > 1
     assert rates == pytest.approx([6.0 / layers, 12.0 / layers, 18.0])
+
+
+def test_a_deep_model_loses_half_its_layers_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.plan.SHALLOW", 1)
+    make_tiny_recommender(tmp_path / "deep", num_layers=8)
+    monkeypatch.setitem(RECIPES, "halving", ABLATIONS["halving"])
+    run = prepared(tmp_path / "deep", "halving", target="10%")
+    assert [shape.num_layers for shape in run.plan.stages] == [8, 8, 4, 3]
+    run_stages(run, tmp_path, PartialState(cpu=True))
+    names = step_names(run.plan)
+    assert names[2:] == ("3-halving", "4-depth")
+    assert load_step_model(tmp_path, "3-halving").config.num_hidden_layers == 4
+    assert Shape.of(load_step_model(tmp_path, "4-depth").config) == run.plan.final
+    dropped = [finished(tmp_path, f"{name}-cut")["surgery"][0]["dropped_layers"] for name in names[2:]]
+    assert [len(layers) for layers in dropped] == [4, 1]
 
 
 def test_the_shapes_of_the_one_sided_recipes(full):
