@@ -51,12 +51,19 @@ def evidence_of(plan: Plan) -> Evidence:
         "kept": {"query_heads": [[0, 2]] * layers, "kv_groups": [[0]] * layers},
         "dropped_layers": [],
     }
-    tried = {"layers": [[-1.0, *rng.gamma(2, 0.02, layers - 1).tolist()]]}
-    depth = {"name": "depth", "importances": tried, "kept": {}, "dropped_layers": list(range(2, layers - 2))}
+
+    def depth(before: int) -> dict[str, Any]:
+        tried = {"layers": [[-1.0, *rng.gamma(2, 0.02, before - 1).tolist()]]}
+        gone = list(range(2, before - 2))
+        return {"name": "depth", "importances": tried, "kept": {}, "dropped_layers": gone}
+
     mlp = {"name": "mlp", "importances": {}, "kept": {}, "dropped_layers": []}
-    surgery: list[list[dict[str, Any]]] = (
-        [[width], [mlp], [depth]] if len(plan.cuts) == 3 else [[width, mlp, depth]]
-    )
+    befores = [shape.num_layers for shape in (plan.full, *plan.stages)]
+    told_of = {"width": width, "mlp": mlp}
+    surgery = [
+        [told_of.get(cut) or depth(before) for cut in made]
+        for made, before in zip(plan.cuts, befores, strict=False)
+    ]
     cuts, restored = [], []
     for number, told in enumerate(surgery):
         start, tokens = 6.4 - 0.2 * number, 500_000 * (number + 1)
@@ -123,6 +130,7 @@ COMPRESSIONS: dict[str, Callable[[], Evidence]] = {
     "small": make_evidence,
     "middling": lambda: evidence_of(plan_of(12, 6, cuts=THREE_CUTS)),
     "large": lambda: evidence_of(plan_of(30, 9, cuts=THREE_CUTS)),
+    "halved": lambda: evidence_of(plan_of(30, 9, cuts=(*THREE_CUTS[:2], ("halving",), ("depth",)))),
     "one-stage": lambda: evidence_of(plan_of(12, 6, cuts=(("width", "mlp", "depth"),))),
     "quantized": quantized,
     "layers-that-differ": layers_that_differ,

@@ -15,6 +15,7 @@ from compress.plots import Bar, Line, bar_chart, heat_map, line_chart, short_num
 from compress.report import make_report
 from models.checkpoint import read_recommender
 from models.metrics import paired
+from tests.browser.compressions import COMPRESSIONS
 from tests.compress.made_up import PLAN, make_evidence
 from tests.tiny import make_tiny_recommender
 
@@ -93,6 +94,13 @@ def test_page_stands_alone_and_holds_the_numbers(evidence):
         "layer 1, query head 2: 0.5 (removed)",
     ):
         assert text in read
+
+
+def test_every_cut_of_layers_has_its_figure():
+    halved = COMPRESSIONS["halved"]()
+    page = render_page(make_report(halved), halved)
+    assert re.findall(r"Importance by layer of (\d+)", page) == ["30", "15"]
+    assert page.count("half the layers") >= 3  # in the table of stages, and in both curves of restoration
 
 
 def test_without_vllm_the_page_and_the_card_say_that_nothing_was_verified(evidence, tmp_path):
