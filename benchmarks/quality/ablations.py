@@ -21,7 +21,7 @@ ABLATIONS: dict[str, Recipe] = {
             Stage(cuts=("depth",), share=0.9, keep=0.5),
         ),
     ),
-    # Candidates for deep pretrained models, whose last restoration starts badly from weights made anew.
+    # For deep pretrained models: weights made anew are a bad first step there, but the better last one.
     "as-cut-slow": replace(
         _DEFAULT,
         stages=(*_DEFAULT.stages[:2], Stage(cuts=("depth",), share=0.90, learning_rate=1e-3)),

@@ -35,7 +35,7 @@ TITLES = {
     "two-stages": "LeanRec in two stages",
     "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
     "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",
-    "halving": "LeanRec, layers halved first, then taken; both cuts mended",
+    "halving": "LeanRec, half the layers first, mended; the rest restored as cut, in smaller steps",
     "same-rate": "LeanRec, early stages at one learning rate whatever the depth",
     "as-cut": "LeanRec, restored from the weights as they were cut",
     "bigram": "last-item bigram",
