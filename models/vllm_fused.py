@@ -1,9 +1,9 @@
 """vLLM's Llama-like models on a CPU with fewer passes over memory: same weights, KV cache and attention.
 
-Three things make it faster than vLLM's own layers. Activation, gate and residual ride on the matrix
-products. Matrix shapes are rounded up, so that few kernels are ever generated:
-a new row count costs about a millisecond, and a trie search asks for a new one at every step. And the last
-attention and what follows compute only the rows whose hidden state is wanted: of a prompt, one.
+Three things make it faster than vLLM's own layers. The activation rides on its matrix product. Matrix shapes
+are rounded up, so that few kernels are ever generated: a new row count costs about a millisecond, and a trie
+search asks for a new one at every step. And the last attention and what follows compute only the rows whose
+hidden state is wanted: of a prompt, one.
 
 Every row's result is independent of the rows beside it, to the bit, so answers do not depend on the batch.
 """

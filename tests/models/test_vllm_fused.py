@@ -97,8 +97,9 @@ def test_the_batch_leaves_no_trace(in_bf16: tuple[WorkerEngine, list[SearchReque
     for found in (in_one, from_cache):
         assert [result.rows for result in found] == [result.rows for result in alone]
         for one, other in zip(found, alone, strict=True):
-            # Hidden states are equal to the bit; the fp32 head sums in an order of its own.
-            assert one.scores == pytest.approx(other.scores, abs=2e-6)
+            # Hidden states are equal to the bit; the fp32 head sums in an order of its own, some ten roundings
+            # of a score. One of bf16 in a hidden state would be a hundred times as much.
+            assert one.scores == pytest.approx(other.scores, abs=5e-6)
 
 
 def test_layers_that_differ_are_not_used(
@@ -109,9 +110,9 @@ def test_layers_that_differ_are_not_used(
 ) -> None:
     real = vllm_products._Packed.__call__
 
-    def wrong(matrix: Any, hidden: torch.Tensor, other: torch.Tensor | None) -> torch.Tensor:
-        """Gate + up for gate * up."""
-        return real(replace(matrix, form="add") if matrix.form == "mul" else matrix, hidden, other)
+    def wrong(matrix: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """The gate without its activation."""
+        return real(replace(matrix, form="none"), hidden)
 
     monkeypatch.setattr(vllm_products._Packed, "__call__", wrong)
     in_bf16[0].close()
