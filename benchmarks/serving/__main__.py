@@ -1,6 +1,6 @@
 """What a recommendation costs with each way to serve the same checkpoint.
 
-    python -m benchmarks.serving [--data D --name NAME] [--rounds 3]
+    python -m benchmarks.serving [--data D --name NAME] [--rounds 8]
 
 Writes `benchmarks/serving/results.json`, the rows of other data sets kept, and `report.html` beside it.
 The checkpoint is trained first if it is not there (half an hour on two cores).
@@ -25,12 +25,13 @@ from models.checkpoint import read_recommender
 ONE, FEW, MANY = Case(1), Case(4), Case(16)
 ONE_RETURNING, MANY_RETURNING = Case(1, returning=True), Case(16, returning=True)
 REQUESTS: dict[str, dict[Case, int]] = {
-    "generate": {ONE: 3, MANY: 8},
+    "generate": {ONE: 2, MANY: 8},
     "beam-search": {ONE: 1, MANY: 8},
-    "async-loop": {ONE: 4, MANY: 32},
-    "pooling": {ONE: 8, FEW: 16, MANY: 32},
-    "worker": {ONE: 32, FEW: 48, MANY: 128, ONE_RETURNING: 32, MANY_RETURNING: 128},
+    "async-loop": {ONE: 2, MANY: 16},
+    "pooling": {ONE: 4, FEW: 8, MANY: 16},
+    "worker": {ONE: 12, FEW: 24, MANY: 48, ONE_RETURNING: 12, MANY_RETURNING: 48},
 }
+"""How many requests of each load a round has: few, and many rounds, as the machine's speed drifts"""
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
     parser.add_argument("--data", default="ml-100k")
     parser.add_argument("--name", default="ml-100k", help="what the data set is called in the results")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--contenders", nargs="+", default=[*REQUESTS, "worker-int8"])
     options = parser.parse_args()
     directory = trained_recommender(options.data, options.name)

@@ -47,10 +47,12 @@ def cost_table(rows: Rows) -> Table:
                 _share(row["exact_share"]),
             ]
         )
-    first = rows[0]
+    first = next((r for r in rows if (r["contender"], r["clients"]) == ("worker", 16)), rows[0])
     note = (
-        f"{first['hardware']}; matrix products at {first['matrix_gflops']:.0f} GFLOP/s in the same run, "
-        f"floor {1e3 * first['floor_seconds']:.1f} ms a fresh request; {_reading(first)}load average "
+        f"{first['hardware']}. The floor is a request's multiplications at the core's rate just before and "
+        "after each contender's turn, since that drifts "
+        f"(LeanRec's: {first['matrix_gflops']:.0f} GFLOP/s, {1e3 * first['floor_seconds']:.1f} ms); "
+        f"{_reading(first)}load average "
         f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
         f"commit {first['commit']}, {first['date']}. Overlap is with the exact top ten. Latencies depend on "
         "what else the machine does; CPU time much less. The checkpoint was trained on the softmax over the "

@@ -55,6 +55,8 @@ class Measured:
     wall_seconds: list[float] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """FLOP per CPU second of the matrix products just before and after, a number a round"""
     uss_bytes: int = 0
     """Memory that no other process shares, after the last round"""
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -66,10 +68,8 @@ class Race:
     """What was measured."""
 
     measured: dict[tuple[str, Case], Measured]
-    rates: list[float]
-    """FLOP per CPU second of the matrix products, in all rounds"""
     reads: list[float]
-    """bytes of weights per CPU second, likewise"""
+    """bytes of weights per CPU second, in all rounds"""
 
 
 @contextmanager
@@ -119,9 +119,12 @@ def ask(running: subprocess.Popen[str], work: Mapping[str, Any]) -> dict[str, An
 
 
 def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
-    """Measure; the order turns by one every round. A first round warms up and is not counted."""
+    """Measure; the order turns by one every round. A first round warms up and is not counted.
+
+    A rented core's speed may double within seconds: the floor's rate is measured around every piece of work.
+    """
     measured = {(entry.title, case): Measured() for entry in entries for case in entry.requests}
-    rates: list[float] = []
+    config = entries[0].config
     reads: list[float] = []
     most = max(count for entry in entries for count in entry.requests.values())
     with ExitStack() as stack:
@@ -143,6 +146,7 @@ def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
                         "earlier": entry.workload.earlier[first : first + count] if case.returning else [],
                         "clients": case.clients,
                     }
+                    before = matrix_rates(config) if number else []
                     result = ask(running[entry.title], work)
                     print(
                         f"round {number} {entry.title} {case.clients} {case.users}: "
@@ -151,11 +155,12 @@ def run_race(entries: Sequence[Entry], rounds: int, logs: Path) -> Race:
                         flush=True,
                     )
                     if number:
-                        _enter(measured[entry.title, case], result, first, count)
+                        of_case = measured[entry.title, case]
+                        of_case.rates.append(float(np.median(before + matrix_rates(config))))
+                        _enter(of_case, result, first, count)
             if number:
-                rates += matrix_rates(entries[0].config)
-                reads += read_rates(entries[0].config)
-    return Race(measured, rates, reads)
+                reads += read_rates(config)
+    return Race(measured, reads)
 
 
 def _enter(measured: Measured, result: Mapping[str, Any], first: int, count: int) -> None:
@@ -182,7 +187,6 @@ def rows(
     Args:
         reference: The contender whose exact answers the others' are compared with.
     """
-    rate = float(np.median(race.rates))
     exact = {
         case: measured.answers for (title, case), measured in race.measured.items() if title == reference
     }
@@ -193,7 +197,8 @@ def rows(
         own = title if np.mean(measured.tokens) else reference  # only our own engine counts its tokens
         ours = race.measured.get((own, Case(case.clients)))
         tokens = float(np.mean(ours.tokens)) if ours else 0.0
-        floor = request_flops(entry.config, prompt_tokens, tokens) / rate
+        floors = request_flops(entry.config, prompt_tokens, tokens) / np.array(measured.rates)
+        floor = float(np.mean(floors))
         cpu = float(np.mean(measured.cpu_seconds))
         flags = [a["exact"] for a in measured.answers.values() if a["exact"] is not None]
         overlaps = [
@@ -223,7 +228,8 @@ def rows(
                 "overlap@10": float(np.mean(overlaps)) if overlaps else None,
                 "floor_seconds": floor,
                 "floor_ratio": cpu / floor if case.users == "fresh" and floor else None,
-                "matrix_gflops": rate / 1e9,
+                "floor_seconds_by_round": floors.tolist(),
+                "matrix_gflops": float(np.median(measured.rates)) / 1e9,
                 "weight_bytes": weight_bytes(entry.config),
                 "weight_read_seconds": weight_bytes(entry.config) / float(np.median(race.reads)),
                 **facts,

@@ -1,6 +1,6 @@
 """What HTTP leaves of the engine: throughput at 16 clients, the tail at 70 % load, the event loop's lag.
 
-    python -m benchmarks.serving.service [--model DIR --data D] [--rounds 3]
+    python -m benchmarks.serving.service [--model DIR --data D] [--rounds 12]
 
 The engine in a process of its own and the service take turns on the same requests; the one that waits is
 stopped. Writes `benchmarks/serving/service.json`.
@@ -32,7 +32,9 @@ from models.checkpoint import read_recommender
 from serve.batching import BatchLimits
 
 CLIENTS = 16
-REQUESTS = 192
+REQUESTS = 96
+"""A round's: few, so that the two that are compared run close in time"""
+OPEN_REQUESTS = 768
 ALONE = 48
 LOAD = 0.7
 OPEN_SECONDS = 40.0
@@ -45,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.service")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", default="ml-100k")
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     found = measure(options.model or trained_recommender("ml-100k", "ml-100k"), options.data, options.rounds)
     write_json(Path("benchmarks/serving/service.json"), found)
@@ -55,7 +57,7 @@ def main() -> None:
 def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
     """Return throughput and CPU time of engine and service, and the service's latencies under open load."""
     recommender = read_recommender(directory)
-    workload = make_workload(recommender, data, (rounds + 5) * REQUESTS + ALONE)
+    workload = make_workload(recommender, data, (rounds + 1) * REQUESTS + OPEN_REQUESTS + ALONE)
     ids = [[recommender.catalog.item_ids[row] for row in rows] for rows in workload.histories]
     case = Case(CLIENTS)
     entry = Entry("engine", "worker", directory, {case: REQUESTS}, workload, recommender.config)

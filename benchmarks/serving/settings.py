@@ -1,10 +1,11 @@
 """What the search's settings and the worker's shortcuts are worth: one engine, one variant after another.
 
-    python -m benchmarks.serving.settings --model DIR --data D [--rounds 8]
+    python -m benchmarks.serving.settings --model DIR --data D [--rounds 24]
 
 Every round asks each variant the same fresh prompts, 16 at a time and one at a time; a ratio is of the CPU
-time of one round. Prints rows and keeps them in `benchmarks/serving/settings.json`: they hold the
-defaults of `SearchSettings` and `CPU_FORWARD_TOKENS` against others.
+time of one round. Rounds are short and many, and each begins with another variant: a machine's speed drifts.
+Prints rows and keeps them in `benchmarks/serving/settings.json`: they hold the defaults of `SearchSettings`
+and `CPU_FORWARD_TOKENS` against others.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from models.atomic import write_json
 from models.checkpoint import read_recommender
 from models.search import SearchRequest, SearchResult, SearchSettings
 
-BATCHES = {16: 48, 1: 12}
+BATCHES = {16: 16, 1: 4}
 """Clients and the requests a round takes from them"""
 
 
@@ -51,6 +52,7 @@ VARIANTS = (
     Variant("subtrees of 8 opened whole", SearchSettings(subtree=8)),
     Variant("forwards of 300 tokens", forward_tokens=300),
     Variant("forwards of 1,200 tokens", forward_tokens=1200),
+    Variant("forwards of 2,400 tokens", forward_tokens=2400),
     Variant("KV blocks copied in their own type", wide_copies=False),
 )
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.settings")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=24)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     found = compare(options.model, options.data, options.rounds)
@@ -78,12 +80,14 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
     # The layers are prepared for the largest forward of all variants.
     vllm_engine.CPU_FORWARD_TOKENS = max(variant.forward_tokens for variant in VARIANTS)
     engine = vllm_engine.open_engine(recommender)
-    cpu: dict[tuple[str, int], list[float]] = {}
-    runs: dict[tuple[str, int], list[_Run]] = {}
-    results: dict[tuple[str, int], list[SearchResult]] = {}
+    keys = [(variant.name, clients) for variant in VARIANTS for clients in BATCHES]
+    cpu: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
+    runs: dict[tuple[str, int], list[_Run]] = {key: [] for key in keys}
+    results: dict[tuple[str, int], list[SearchResult]] = {key: [] for key in keys}
     for number in range(rounds + 1):
         asked = prompts[number * each : (number + 1) * each]
-        for variant in VARIANTS:
+        turn = number % len(VARIANTS)
+        for variant in (*VARIANTS[turn:], *VARIANTS[:turn]):
             begin = 0
             for clients, count in BATCHES.items():
                 with _as(engine, variant) as run:
@@ -93,9 +97,9 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
                 begin += count
                 if number:  # the first round generates kernels
                     key = variant.name, clients
-                    cpu.setdefault(key, []).append(seconds)
-                    runs.setdefault(key, []).append(run)
-                    results.setdefault(key, []).extend(answers)
+                    cpu[key].append(seconds)
+                    runs[key].append(run)
+                    results[key].extend(answers)
     engine.close()
     machine = describe_machine()
     return [
