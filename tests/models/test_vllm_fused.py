@@ -97,8 +97,8 @@ def test_the_batch_leaves_no_trace(in_bf16: tuple[WorkerEngine, list[SearchReque
     for found in (in_one, from_cache):
         assert [result.rows for result in found] == [result.rows for result in alone]
         for one, other in zip(found, alone, strict=True):
-            # Hidden states are equal to the bit; the fp32 head sums in an order of its own, some ten roundings
-            # of a score. One of bf16 in a hidden state would be a hundred times as much.
+            # Hidden states are equal to the bit; the fp32 head sums in its own order, some ten roundings.
+            # One rounding of a hidden state, in bf16, would be a hundred times as much.
             assert one.scores == pytest.approx(other.scores, abs=5e-6)
 
 
