@@ -38,6 +38,7 @@ bench-serving: $(INSTALLED)
 	python -m benchmarks.serving.exactness --model runs/serving/$(or $(NAME),ml-100k) --data $(or $(DATA),ml-100k)
 	python -m benchmarks.serving.settings --model runs/serving/$(or $(NAME),ml-100k) --data $(or $(DATA),ml-100k)
 ifndef DATA
+	OMP_NUM_THREADS=1 python -m benchmarks.serving.products
 	python -m benchmarks.serving.service
 	python -m benchmarks.serving.profile
 	python -m benchmarks.serving.pruned

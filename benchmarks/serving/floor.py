@@ -76,7 +76,7 @@ def weight_bytes(config: PreTrainedConfig) -> int:
 def read_rates(config: PreTrainedConfig) -> list[float]:
     """Return at what rate one thread reads as much as the layers have, bytes a CPU second, several times."""
     torch.set_num_threads(1)
-    weights = torch.zeros(weight_bytes(config) // 8, dtype=torch.int64)
+    weights = torch.ones(weight_bytes(config) // 8, dtype=torch.int64)
     weights.sum()
     rates = []
     for _ in range(REPEATS):

@@ -170,6 +170,34 @@ def _waiting(line: Mapping[str, float]) -> list[list[str]]:
     ]
 
 
+def products_table(rows: Rows) -> Table:
+    """Return what a forward's products take, by their rows."""
+    names = (
+        "Rows|Products alone ms|GFLOP/s|Of the rate of 512 rows|As they run ms|Gate and residual in oneDNN"
+    )
+    cells = [names.split("|")]
+    for row in rows:
+        taken = row["milliseconds"]
+        cells.append(
+            [
+                str(row["rows"]),
+                f"{taken['alone']:.2f}",
+                f"{row['gflops']:.0f}",
+                f"{row['of_full_rate']:.0%}",
+                f"{taken['passes']:.2f}",
+                f"{row['post_operations']:.2f}x",
+            ]
+        )
+    first = rows[0]
+    note = (
+        f"{first['hardware']}; {first['layers']} layers of {first['weight_bytes'] / 1e6:.0f} MB in all, read "
+        f"once in {first['read_milliseconds']:.1f} ms; medians of {first['turns']} turns. As they run: the "
+        "activation in its product, gate and residual in passes of their own; the last column is against it. "
+        "A step of a lone request has some twenty rows. `python -m benchmarks.serving.products`"
+    )
+    return Table("What the products cost by their rows", note, cells)
+
+
 def service_table(found: Mapping[str, Any]) -> Table:
     """Return what HTTP leaves of the engine."""
     low, high = found["throughput_kept_range"]
@@ -270,6 +298,7 @@ def tables(folder: Path = HERE) -> list[Table]:
         ("service.json", service_table),
         ("profile.json", profile_table),
         ("settings.json", settings_table),
+        ("products.json", products_table),
         ("pruned.json", pruned_table),
         ("big_catalog.json", catalogue_table),
     )
