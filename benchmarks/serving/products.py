@@ -91,7 +91,7 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
 def forms(
     layers: Sequence[_Layer], rows: int, config: PreTrainedConfig
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return one forward's products, without attention and norms, by what rides on them; each returns the last.
+    """Return a forward's products, without attention and norms, by what rides on them; each returns its last.
 
     `alone` has neither activation nor sums; `passes` is what `models.vllm_products` runs, `post-operations`
     leaves the gate and the residual to oneDNN as well.
