@@ -113,7 +113,11 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     if job.layout == "per-layer" and job.recipe != "leanrec":
         raise UsageError(f"--layout per-layer: goes with --recipe leanrec, not {job.recipe}")
     plan = make_plan(
-        full.config, job.target, cuts=tuple(stage.cuts for stage in recipe.stages), shape=recipe.shape
+        full.config,
+        job.target,
+        cuts=tuple(stage.cuts for stage in recipe.stages),
+        shape=recipe.shape,
+        int8=job.quantize != "none",
     )
     data = inputs.aligned(load_data(_data_spec(job, full)), full.catalog)
     trimmed = trimmed_recommender(full, data.train) if job.vocab == "catalog" else None

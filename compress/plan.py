@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
+from compress.int8_shapes import shape_loads_in_int8
 from models.errors import UsageError
 from models.families import ParameterCounts, Shape, Traits, count_parameters
 
@@ -143,12 +144,14 @@ def make_plan(
     *,
     cuts: Sequence[tuple[str, ...]] = THREE_CUTS,
     shape: Literal["all", "width", "depth"] = "all",
+    int8: bool = False,
 ) -> Plan:
     """Return the shapes whose last has at most the target's parameters and at most 1 % fewer.
 
     Args:
         cuts: what each stage cuts; `halving` once for each time the layers are halved on the way.
         shape: `width` keeps every layer; `depth` keeps the hidden size, and of heads and MLP what fits.
+        int8: every matrix must load in int8 wherever vLLM runs.
 
     Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
     proportion `DEPTH_SHARE`, MLP and attention as wide for the hidden size as before (within 1.5 to 4
@@ -170,7 +173,11 @@ def make_plan(
     fitting: list[Shape] = []
     for step in HIDDEN_STEPS:
         if not fitting and (step <= full.hidden_size // 16 or step == HIDDEN_STEPS[-1]):
-            fitting = [s for s in _candidates(full, traits, budget, step) if _allowed(s, full, shape)]
+            fitting = [
+                found
+                for found in _candidates(full, traits, budget, step)
+                if _allowed(found, full, shape) and (not int8 or shape_loads_in_int8(found))
+            ]
     if not fitting:
         raise UsageError(
             f"target {target_text!r}: no shape of this model has between {budget * 99 // 100 + 1:,} and "

@@ -3,24 +3,29 @@
 The format is compressed-tensors' `int-quantized`, which stock vLLM and transformers read. Activations are
 scaled at run time: one fixed scale for all tokens is faster still, but a few tokens have activations a
 thousand times the others' in real language models, and their scale would erase the rest.
-Embedding, head, norms and biases stay as they are.
+Embedding, head, norms and biases stay as they are, and so do matrices that some CPU's vLLM could not load.
 """
 
 import json
+import logging
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from compress.int8_shapes import kept_in_full
 from models.atomic import new_directory, write_json
-from models.checkpoint import Recommender
+from models.checkpoint import Recommender, read_safetensors_header
 from models.errors import LeanRecError
 from models.families import check_supported
 from models.golden import FILE as GOLDEN_FILE
 from models.golden import write_golden
+
+logger = logging.getLogger(__name__)
 
 SCHEME = "W8A8"
 LARGEST = 127
@@ -42,14 +47,21 @@ def quantize_recommender(recommender: Recommender, out: Path) -> None:
     with new_directory(out) as directory:
         shutil.copytree(source, directory, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
         files: dict[str, str] = {}
-        for file in sorted(source.glob("*.safetensors")):
-            tensors = _quantized_tensors(file)
+        sources = sorted(source.glob("*.safetensors"))
+        shapes = {
+            name: entry["shape"] for file in sources for name, entry in read_safetensors_header(file).items()
+        }
+        kept = sorted(kept_in_full(shapes))
+        if kept:
+            logger.warning("%s: vLLM loads these in int8 on some CPUs only, so they stay: %s", source, kept)
+        for file in sources:
+            tensors = _quantized_tensors(file, {f"{name}.weight" for name in kept})
             save_file(tensors, directory / file.name, metadata={"format": "pt"})
             files |= dict.fromkeys(tensors, file.name)
         if len(set(files.values())) > 1:
             write_json(directory / "model.safetensors.index.json", {"metadata": {}, "weight_map": files})
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        write_json(directory / "config.json", config | {"quantization_config": quantization_config()})
+        write_json(directory / "config.json", config | {"quantization_config": quantization_config(kept)})
         write_golden(directory)
 
 
@@ -64,8 +76,12 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale).round().to(torch.int8), scale
 
 
-def quantization_config() -> dict[str, object]:
-    """Return `quantization_config` of config.json."""
+def quantization_config(kept: Sequence[str] = ()) -> dict[str, object]:
+    """Return `quantization_config` of config.json.
+
+    Args:
+        kept: modules that are not quantised, beside the head.
+    """
     from compressed_tensors.quantization import (
         QuantizationConfig,
         QuantizationStatus,
@@ -77,18 +93,18 @@ def quantization_config() -> dict[str, object]:
     config = QuantizationConfig(
         config_groups={"group_0": scheme},
         format="int-quantized",
-        ignore=["lm_head"],
+        ignore=["lm_head", *kept],
         quantization_status=QuantizationStatus.COMPRESSED,
     )
     return json.loads(config.model_dump_json())
 
 
-def _quantized_tensors(file: Path) -> dict[str, torch.Tensor]:
+def _quantized_tensors(file: Path, kept: Collection[str]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
     with safe_open(file, framework="pt") as opened:
         for name in opened.keys():  # noqa: SIM118 - not a dict
             tensor = opened.get_tensor(name)
-            if not _MATRIX.fullmatch(name):
+            if name in kept or not _MATRIX.fullmatch(name):
                 tensors[name] = tensor
                 continue
             if not torch.isfinite(tensor).all():

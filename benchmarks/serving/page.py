@@ -200,11 +200,11 @@ def products_table(rows: Rows) -> Table:
 
 def service_table(found: Mapping[str, Any]) -> Table:
     """Return what HTTP leaves of the engine."""
-    low, high = found["throughput_kept_range"]
+    low, high = found["throughput_kept_interval"]
     loop, latency = found["open_loop"], found["open_loop"]["latency_ms"]
     cells = [
         ["Figure", "Value"],
-        ["Throughput kept at 16 clients", f"{found['throughput_kept']:.1%} ({low:.1%} to {high:.1%})"],
+        ["Throughput kept at 16 clients", f"{found['throughput_kept']:.1%} [{low:.1%}, {high:.1%}]"],
         [
             "70 % load, p50 / p95 / p99",
             f"{latency['p50']:.0f} / {latency['p95']:.0f} / {latency['p99']:.0f} ms",

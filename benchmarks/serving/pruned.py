@@ -103,7 +103,7 @@ def _pruned(full: Recommender, out: Path) -> Recommender:
 
     if not out.exists():
         trimmed = trimmed_recommender(full, load_data(DATA).train).recommender
-        config = resized_config(trimmed.config, make_plan(full.config, "5%").stages[-1])
+        config = resized_config(trimmed.config, make_plan(full.config, "5%", int8=True).stages[-1])
         _write(out, _random(config), trimmed.tokenizer)
     return read_recommender(out)
 

@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from compress.int8_shapes import loads_in_int8, shape_loads_in_int8
 from compress.plan import halvings, make_plan, parse_target
 from models.errors import UsageError
 from models.families import Shape, non_embedding_parameters, resized_config
@@ -191,6 +192,25 @@ def test_models_of_half_a_million_parameters_are_never_refused(config, percent):
     assume(non_embedding_parameters(config) > 400_000)
     plan = make_plan(config, f"{percent:.2f}%")
     assert 0.99 * plan.budget < plan.stage_counts[-1] <= plan.budget
+
+
+@pytest.mark.parametrize("target", ["5%", "20%"])
+@pytest.mark.parametrize("name", published())
+def test_a_plan_for_int8_has_shapes_that_load_everywhere(name, target):
+    config = published()[name]
+    plan = make_plan(config, target, int8=True)
+    assert shape_loads_in_int8(plan.final)
+    check_plan(config, plan)
+    usual = make_plan(config, target)
+    assert plan == usual or not shape_loads_in_int8(usual.final)
+
+
+def test_what_loads_in_int8_everywhere():
+    # Outputs and inputs as vLLM 0.32 was seen to load them, or to fail, with AMX.
+    assert loads_in_int8(1216, 256)
+    assert not loads_in_int8(1200, 256)
+    assert loads_in_int8(1208, 256)
+    assert loads_in_int8(1200, 264)
 
 
 def test_below_the_smallest_reachable_says_what_that_is():

@@ -13,6 +13,7 @@ from benchmarks.serving.exactness import exactness
 from benchmarks.serving.floor import matrix_shapes, request_flops
 from benchmarks.serving.page import cost_table, settings_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
+from benchmarks.serving.service import throughput_kept
 from benchmarks.serving.workload import make_workload
 from models.checkpoint import read_recommender
 from models.families import Shape, Traits, count_parameters
@@ -61,6 +62,17 @@ def test_products_are_the_same_whoever_adds_gate_and_residual() -> None:
     of_rows = products.forms(layers, 64, config)
     own, theirs = of_rows["passes"](), of_rows["post-operations"]()
     assert torch.linalg.norm((own - theirs).float()) < 0.02 * torch.linalg.norm(own.float())
+
+
+def test_throughput_kept_is_of_the_time_of_all_rounds() -> None:
+    pairs = [
+        {"engine_requests_per_second": 10.0, "service_requests_per_second": 5.0},
+        {"engine_requests_per_second": 5.0, "service_requests_per_second": 10.0},
+        {"engine_requests_per_second": 10.0, "service_requests_per_second": 10.0},
+    ]
+    kept, (low, high) = throughput_kept(pairs)
+    assert kept == pytest.approx(0.4 / 0.4)
+    assert 0.5 <= low < kept < high <= 2.0
 
 
 def test_windows_are_real_histories_and_no_prompt_begins_another(tiny: tuple[Path, Path]) -> None:
