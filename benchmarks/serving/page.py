@@ -126,8 +126,9 @@ def pruned_table(rows: Rows) -> Table:
             ]
         )
     note = (
-        "SmolLM2 as published, all others with random weights; fresh users. Memory is what no other process "
-        "shares. `python -m benchmarks.serving.pruned`"
+        f"{rows[0]['hardware']}. SmolLM2 as published, all others with random weights; fresh users. Memory "
+        "is what no other process shares; the empty engine is in bf16, and one in int8 can hold less. "
+        "`python -m benchmarks.serving.pruned`"
     )
     return Table("Pruned against full", note, cells)
 
