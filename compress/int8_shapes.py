@@ -35,9 +35,7 @@ def shape_loads_in_int8(shape: Shape) -> bool:
 
 def kept_in_full(shapes: Mapping[str, Sequence[int]]) -> Iterator[str]:
     """Yield the modules that must not be int8, for matrices by name, `[out, in]` each."""
-    suffix = f".{JOINED[0][0]}.weight", f".{JOINED[2][0]}.weight"
-    layers = sorted({name.removesuffix(end) for name in shapes for end in suffix if name.endswith(end)})
-    for layer in layers:
+    for layer in {name.rsplit(".", 3)[0] for name in shapes if name.endswith("_proj.weight")}:
         for parts in JOINED:
             found = [f"{layer}.{part}" for part in parts if f"{layer}.{part}.weight" in shapes]
             sizes = [shapes[f"{name}.weight"] for name in found]

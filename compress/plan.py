@@ -151,7 +151,7 @@ def make_plan(
     Args:
         cuts: what each stage cuts; `halving` once for each time the layers are halved on the way.
         shape: `width` keeps every layer; `depth` keeps the hidden size, and of heads and MLP what fits.
-        int8: every matrix must load in int8 wherever vLLM runs.
+        int8: take a shape whose matrices all load in int8 wherever vLLM runs, where there is one.
 
     Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
     proportion `DEPTH_SHARE`, MLP and attention as wide for the hidden size as before (within 1.5 to 4
@@ -173,16 +173,14 @@ def make_plan(
     fitting: list[Shape] = []
     for step in HIDDEN_STEPS:
         if not fitting and (step <= full.hidden_size // 16 or step == HIDDEN_STEPS[-1]):
-            fitting = [
-                found
-                for found in _candidates(full, traits, budget, step)
-                if _allowed(found, full, shape) and (not int8 or shape_loads_in_int8(found))
-            ]
+            fitting = [s for s in _candidates(full, traits, budget, step) if _allowed(s, full, shape)]
     if not fitting:
         raise UsageError(
             f"target {target_text!r}: no shape of this model has between {budget * 99 // 100 + 1:,} and "
             f"{budget:,} non-embedding parameters; try a slightly larger target"
         )
+    if int8:
+        fitting = [found for found in fitting if shape_loads_in_int8(found)] or fitting
     ideal_layers = max(full.num_layers * (budget / full_count) ** DEPTH_SHARE, min(2, full.num_layers))
     final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
     staged = list(_shapes(full, final, cuts))

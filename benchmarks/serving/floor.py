@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 RATE_TOKENS = 512
-REPEATS = 4
+REPEATS, PASSES = 4, 4
 
 
 def matrix_shapes(config: PreTrainedConfig) -> list[tuple[int, int]]:
@@ -57,9 +57,9 @@ def matrix_rates(config: PreTrainedConfig) -> list[float]:
     rates = []
     for _ in range(REPEATS):
         begun = time.process_time()
-        for _ in range(4):
+        for _ in range(PASSES):
             _multiply(work)
-        rates.append(4 * flops / (time.process_time() - begun))
+        rates.append(PASSES * flops / (time.process_time() - begun))
     return rates
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from benchmarks.serving.checkpoints import trained_recommender
-from benchmarks.serving.floor import RATE_TOKENS, matrix_shapes, weight_bytes
+from benchmarks.serving.floor import RATE_TOKENS, matrix_shapes, read_rates, weight_bytes
 from loadtest.machine import describe_machine, describe_versions
 from models.atomic import write_json
 from models.checkpoint import read_recommender
@@ -57,7 +57,6 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
     joined = sum(np.prod(shape) for shape in matrix_shapes(config)) * len(layers)
     seconds: dict[tuple[int, str], list[float]] = {}
     reads: list[float] = []
-    words = torch.ones(weight_bytes(config) // 8, dtype=torch.int64)
     work = {rows: forms(layers, rows, config) for rows in ROWS}
     for turn in range(TURNS + 1):
         for rows, of_rows in work.items():
@@ -65,7 +64,7 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
                 taken = _seconds(form)
                 if turn:  # the first generates kernels
                     seconds.setdefault((rows, name), []).append(taken)
-        reads.append(_seconds(words.sum))
+        reads += read_rates(config)
     full = np.array(seconds[RATE_TOKENS, "alone"])
     machine = describe_machine()
     return [
@@ -79,7 +78,7 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
             "post_operations": float(
                 np.median(np.array(seconds[rows, "post-operations"]) / np.array(seconds[rows, "passes"]))
             ),
-            "read_milliseconds": 1e3 * float(np.median(reads)),
+            "read_milliseconds": 1e3 * weight_bytes(config) / float(np.median(reads)),
             "weight_bytes": weight_bytes(config),
             "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
             "versions": describe_versions(),

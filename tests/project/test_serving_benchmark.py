@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from benchmarks.serving import products, settings
 from benchmarks.serving.exactness import exactness
@@ -46,18 +45,13 @@ def test_the_floor_counts_every_matrix(tiny: tuple[Path, Path]) -> None:
     assert request_flops(config, 0, 1) == 2 * matrices
 
 
-def test_products_are_the_same_whoever_adds_gate_and_residual() -> None:
+def test_products_are_the_same_whoever_adds_gate_and_residual(tiny: tuple[Path, Path]) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bf16 products")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-    )
+    config = read_recommender(tiny[0]).config
     row = next(row for row in products.measure(config) if row["rows"] == 64)
-    assert row["weight_bytes"] == 2 * 2 * (64 * 128 + 64 * 64 + 3 * 64 * 96)
+    counted = count_parameters(Shape.of(config), Traits.of(config))
+    assert row["weight_bytes"] == 2 * (counted.attention + counted.mlp)
     layers = [products._layer(config) for _ in range(2)]
     of_rows = products.forms(layers, 64, config)
     own, theirs = of_rows["passes"](), of_rows["post-operations"]()
