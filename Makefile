@@ -42,7 +42,6 @@ ifndef DATA
 	python -m benchmarks.serving.service
 	python -m benchmarks.serving.profile
 	python -m benchmarks.serving.pruned
-	test -d runs/ml-100k/full || finetune --base demo --data ml-100k --out runs/ml-100k/full
 	python -m benchmarks.serving.big_catalog
 endif
 	python -m benchmarks.serving.page

@@ -26,7 +26,7 @@ from models.prompt import PromptConfig
 from models.trie import Trie
 
 INDEX = "catalog.index"
-FORMAT = 1
+FORMAT = 2
 """Of the trie's arrays and of how they are built."""
 LARGE = 100_000
 """Titles; building for fewer is not worth a line in the log."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from models.subset import Subset
-from models.trie import Trie, spans
+from models.title_tokens import spans
+from models.trie import Trie
 
 
 @dataclass(frozen=True, kw_only=True)

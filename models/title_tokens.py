@@ -65,3 +65,10 @@ class TitleTokens(Sequence[list[int]]):
         return isinstance(other, Sequence) and len(self) == len(other) and list(self) == list(other)
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return `counts[i]` places from `starts[i]` on, one span after another; there is at least one."""
+    ends = counts.cumsum()
+    places: np.ndarray = np.arange(ends[-1]) + (starts - ends + counts).repeat(counts)
+    return places

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from models.errors import LeanRecError
-from models.title_tokens import TitleTokens
+from models.title_tokens import TitleTokens, spans
 
 TOKEN_BITS = 21
 """Three tokens are compared at a time, packed into 63 bits; 0 is past the end."""
@@ -127,13 +127,6 @@ class Trie:
             choices.append(int(np.flatnonzero(self.children(node)[1] == target)[0]))
             target, node = node, int(self.parent[node])
         return nodes[::-1], choices[::-1]
-
-
-def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return `counts[i]` places from `starts[i]` on, one span after another; there is at least one."""
-    ends = counts.cumsum()
-    places: np.ndarray = np.arange(ends[-1]) + (starts - ends + counts).repeat(counts)
-    return places
 
 
 def build_trie(titles: Sequence[Sequence[int]], popularity: np.ndarray, item_ids: Sequence[str]) -> Trie:

@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerFast
 from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.data import Dataset, load_data
 from models.prompt import PromptConfig
+from models.word_tokens import PATTERNS
 from tests.tiny import tiny_model, write_tiny_data
 
 STYLES = ("smollm2", "llama3", "qwen2")
-WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+PATTERN_OF = {"llama3": PATTERNS["Llama 3"], "qwen2": PATTERNS["Qwen 2"]}
 
 
 def corpus() -> list[str]:
@@ -31,7 +32,9 @@ def corpus() -> list[str]:
     syllables = "ka ro mi ten sho é ü str ing 日 本 ж ar 🎬 lo 9".split()  # noqa: SIM905
     words = ["".join(rng.choice(syllables, rng.integers(1, 5))) for _ in range(800)]
     words += "The user watched Next Red Blue Green Dark Silent Golden Last Lost River Night".split()  # noqa: SIM905
-    return [" ".join(rng.choice(words, 12)) + "\n" for _ in range(1500)]
+    plain = [" ".join(rng.choice(words, 12)) + "\n" for _ in range(1500)]
+    runs = ["  ", "   ", "\t \t", "\u3000 ", " \x85"]  # tokens of their own, as real vocabularies have them
+    return plain + ["ka" + run + run + "ro\n" for run in runs for _ in range(200)]
 
 
 @cache
@@ -47,7 +50,7 @@ def tokenizer(style: str) -> PreTrainedTokenizerFast:
     else:
         made.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(WORD), behavior="isolated"),
+                pre_tokenizers.Split(Regex(PATTERN_OF[style]), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

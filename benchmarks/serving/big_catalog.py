@@ -1,10 +1,11 @@
 """What a catalogue of a million titles costs beside one of two thousand, with the same model.
 
-    python -m benchmarks.serving.big_catalog --model runs/ml-100k/full
+    python -m benchmarks.serving.big_catalog [--model DIR]
 
-Prints one JSON object a catalogue: how long its index takes to build and to load, how long the service takes
-to start with it and what memory it holds, and the latency of one request at equal numbers of expansions.
-CPU seconds stand beside wall time: they bear a busy machine.
+Without a model, that of the race. Prints one JSON object a catalogue and keeps them beside those of other
+models in `benchmarks/serving/big_catalog.json`: how long its index takes to build and to load, how long the
+service takes to start with it and what memory it holds, and the latency of one request at equal numbers of
+expansions. CPU seconds stand beside wall time: they bear a busy machine.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.serving.checkpoints import trained_recommender
 from models.atomic import new_directory, write_json
 from models.catalog import Catalog, make_catalog, write_catalog
 from models.checkpoint import Recommender, read_recommender
@@ -200,7 +202,7 @@ def latencies(recommenders: dict[int, Recommender], requests: int) -> dict[int, 
 def main(argv: list[str] | None = None) -> int:
     """Measure, and print one JSON object a catalogue."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.big_catalog", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("runs/ml-100k/full"), metavar="DIR")
+    parser.add_argument("--model", type=Path, metavar="DIR")
     parser.add_argument("--items", type=int, default=1_000_000)
     parser.add_argument("--starts", type=int, default=3, help="starts of each service, in turn")
     parser.add_argument("--requests", type=int, default=60)
@@ -209,8 +211,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--items {options.items}: must be more than {SMALL}")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sizes = (SMALL, options.items)
-    directories = {items: with_catalog(options.model, items) for items in sizes}
-    rows = {items: {"items": items} | build_row(directories[items]) for items in sizes}
+    model = options.model or trained_recommender("ml-100k", "ml-100k")
+    directories = {items: with_catalog(model, items) for items in sizes}
+    rows = {items: {"model": model.name, "items": items} | build_row(directories[items]) for items in sizes}
     starts: dict[int, list[dict[str, float]]] = {items: [] for items in sizes}
     for _ in range(options.starts):
         for items in sizes:
@@ -219,7 +222,9 @@ def main(argv: list[str] | None = None) -> int:
         rows[items] |= {name: [one[name] for one in found] for name in found[0]}
     measured = latencies({items: read_recommender(directories[items]) for items in sizes}, options.requests)
     found = [rows[items] | measured[items] for items in sizes]
-    write_json(Path("benchmarks/serving/big_catalog.json"), found)
+    path = Path("benchmarks/serving/big_catalog.json")
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_json(path, [*(row for row in kept if row["model"] != model.name), *found])
     for row in found:
         print(json.dumps(row), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,8 +1,11 @@
 """The recommenders the serving benchmark asks: of a shape that compression makes, trained enough to search.
 
 Randomly weighted models are useless here: their searches end at once or never.
+
+    python -m benchmarks.serving.checkpoints DATA NAME [--epochs 1]
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -22,12 +25,13 @@ VALIDATION_USERS = 100
 """Any state of the model will do."""
 
 
-def trained_recommender(data: str, name: str) -> Path:
+def trained_recommender(data: str, name: str, epochs: int = EPOCHS) -> Path:
     """Return a recommender of 5 % of Qwen2-0.5B's shape trained on a data set; it is made once.
 
     Args:
         data: What `--data` takes.
         name: Its folder under `runs/serving`.
+        epochs: More where a data set is so small that one leaves a model with the same answer for all.
     """
     out = RUNS / name
     base = RUNS / f"{name}.base"
@@ -37,7 +41,7 @@ def trained_recommender(data: str, name: str) -> Path:
         base=str(base),
         data=data,
         out=out,
-        epochs=EPOCHS,
+        epochs=epochs,
         learning_rate=LEARNING_RATE,
         batch_tokens=BATCH_TOKENS,
         validation_users=VALIDATION_USERS,
@@ -102,6 +106,8 @@ def quantised(directory: Path) -> Path:
 
 
 if __name__ == "__main__":
-    import sys
-
-    print(trained_recommender(*sys.argv[1:3]))
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving.checkpoints")
+    parser.add_argument("data")
+    parser.add_argument("name")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    print(trained_recommender(**vars(parser.parse_args())))

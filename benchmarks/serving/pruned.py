@@ -41,8 +41,9 @@ def main() -> None:
     smollm2 = _smollm2(RUNS / "smollm2-135m")
     demo = _demo(RUNS / "demo")
     pruned = [_pruned(full, RUNS / f"{full.directory.name}-pruned-5") for full in (smollm2, demo)]
-    int8 = [read_recommender(quantised(full.directory)) for full in (smollm2, pruned[0])]
-    recommenders = [smollm2, demo, *pruned, *int8, _empty(pruned[0], RUNS / "empty")]
+    empty = _empty(pruned[0], RUNS / "empty")
+    int8 = [read_recommender(quantised(full.directory)) for full in (smollm2, pruned[0], empty)]
+    recommenders = [smollm2, demo, *pruned, empty, *int8]
     entries = [_entry(recommender, options.rounds) for recommender in recommenders]
     machine = describe_machine()
     race = run_race(entries, options.rounds, RUNS / "logs")

@@ -226,3 +226,21 @@ def test_titles_are_tokenised_as_transformers_does(
     titles = ["Heat", "Amélie", "日本", "<s>", " a  b ", "x" * 50, "Heat"]
     found = Prompter(tokenizer, config, titles).encode_titles(titles)
     assert found == tokenizer([title + "\n" for title in titles], add_special_tokens=False)["input_ids"]
+
+
+def test_what_training_left_in_the_tokenizer_cuts_no_title(directory: Path) -> None:
+    """A tokenizer is saved with how the last batch was truncated and padded."""
+    titles = ["Heat", "The Lord of the Rings: The Fellowship of the Ring", "Alien"]
+    before = read_recommender(directory).prompter.encode_titles(titles)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    tokenizer["padding"] = {
+        "strategy": "BatchLongest",
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert read_recommender(directory).prompter.encode_titles(titles) == before
