@@ -23,6 +23,11 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def processors() -> str:
+    """Return the cores this process may use and their model, in words."""
+    return f"{len(os.sched_getaffinity(0))} x {_cpu_model()}"
+
+
 def describe_versions() -> dict[str, str]:
     """Return the versions of what takes part, as far as it is installed here."""
     found = {"python": platform.python_version()}

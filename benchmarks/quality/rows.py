@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from loadtest.machine import describe_machine
+from loadtest.machine import processors
 from models.atomic import write_json
 from models.finetune import COST
 
@@ -133,12 +133,11 @@ def _quality(tested: Mapping[str, Any]) -> Row:
 
 
 def _place() -> Row:
-    machine = describe_machine()
     command = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return {
-        "hardware": f"{gpu}{machine['cores']} x {machine['cpu']}",
-        "threads": int(os.environ.get("OMP_NUM_THREADS", machine["cores"])),
+        "hardware": f"{gpu}{processors()}",
+        "threads": int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))),
         "commit": commit or "unknown",
     }

@@ -11,6 +11,7 @@ last one stopped. Rows of other data sets in the file are kept.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from benchmarks.quality.sasrec_environment import ready_environment, run_module
 from benchmarks.quality.sasrec_rows import baseline_row, figures, with_rows
 from benchmarks.quality.sasrec_search import Config, Space, best_of, next_config, space_for
 from compress.inputs import data_name, data_sha256
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models.atomic import new_file, write_json
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError, run_command
@@ -148,10 +149,9 @@ def main() -> int:
         left = None if left is None else left - 1
     if not search.tried():
         return 0
-    machine = describe_machine()
     facts = {
         "data": name,
-        "hardware": f"{machine['cores']} x {machine['cpu']}, {machine['omp_num_threads'] or 'all'} threads",
+        "hardware": f"{processors()}, {os.environ.get('OMP_NUM_THREADS') or 'all'} threads",
         "versions": describe_versions(),
         "data_sha256": data_sha256(data),
         "commit": _commit(),

@@ -18,7 +18,7 @@ from benchmarks.serving.checkpoints import RUNS, quantised, trained_recommender
 from benchmarks.serving.page import HERE, cost_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models.atomic import write_json
 from models.checkpoint import read_recommender
 
@@ -53,12 +53,12 @@ def main() -> None:
     entries = [entry(name, name, directory) for name in options.contenders if name in REQUESTS]
     if "worker-int8" in options.contenders:
         entries.append(entry("worker-int8", "worker", quantised(directory)))
-    machine = describe_machine()
+    load = os.getloadavg()[0]
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": options.name,
-        "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
-        "load_average_before": machine["load_average_before"],
+        "hardware": f"{processors()}, 1 compute thread",
+        "load_average_before": load,
         "load_average_after": os.getloadavg()[0],
         "versions": describe_versions(),
         "commit": _commit(),

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.gpu_models import FULL, PRUNED
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models.atomic import write_json
 
 WARM_UP = 30
@@ -208,10 +208,9 @@ def _row(clients: int, measured: Mapping[str, Any], exact: Sequence[Mapping[str,
 def _facts(options: argparse.Namespace) -> dict[str, Any]:
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    machine = describe_machine()
     return {
         "data": Path(options.data).name,
-        "hardware": f"{gpu}, {machine['cores']} x {machine['cpu']}",
+        "hardware": f"{gpu}, {processors()}",
         "versions": describe_versions(),
         "engine_arguments": options.arguments,
         "commit": options.commit,

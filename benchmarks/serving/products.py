@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.floor import RATE_TOKENS, matrix_shapes, read_rates, weight_bytes
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models.atomic import write_json
 from models.checkpoint import read_recommender
 
@@ -66,7 +66,6 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
                     seconds.setdefault((rows, name), []).append(taken)
         reads += read_rates(config)
     full = np.array(seconds[RATE_TOKENS, "alone"])
-    machine = describe_machine()
     return [
         {
             "rows": rows,
@@ -80,7 +79,7 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
             ),
             "read_milliseconds": 1e3 * weight_bytes(config) / float(np.median(reads)),
             "weight_bytes": weight_bytes(config),
-            "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+            "hardware": f"{processors()}, 1 compute thread",
             "versions": describe_versions(),
         }
         for rows in ROWS

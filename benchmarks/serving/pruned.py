@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.serving.checkpoints import RUNS, quantised
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models.atomic import write_json
 from models.checkpoint import Recommender, read_recommender, read_safetensors_header, write_recommender
 from models.data import load_data
@@ -45,11 +45,10 @@ def main() -> None:
     int8 = [read_recommender(quantised(full.directory)) for full in (smollm2, pruned[0], empty)]
     recommenders = [smollm2, demo, *pruned, empty, *int8]
     entries = [_entry(recommender, options.rounds) for recommender in recommenders]
-    machine = describe_machine()
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": DATA,
-        "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+        "hardware": f"{processors()}, 1 compute thread",
         "versions": describe_versions(),
     }
     found = rows(race, entries, reference=smollm2.directory.name, facts=facts)

@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.serving.inside import worker_of
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_machine, describe_versions
+from loadtest.machine import describe_versions, processors
 from models import vllm_engine
 from models.atomic import write_json
 from models.checkpoint import read_recommender
@@ -101,7 +101,6 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
                     runs[key].append(run)
                     results[key].extend(answers)
     engine.close()
-    machine = describe_machine()
     return [
         {
             "data": Path(data).name,
@@ -118,7 +117,7 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
             "tokens_run": sum(run.tokens for run in runs[name, clients]) / len(results[name, clients]),
             "exact_share": float(np.mean([r.exact for r in results[name, clients]])),
             "expansions": float(np.mean([r.expansions for r in results[name, clients]])),
-            "hardware": f"{machine['cores']} x {machine['cpu']}, 1 compute thread",
+            "hardware": f"{processors()}, 1 compute thread",
             "versions": describe_versions(),
         }
         for (name, clients), seconds in cpu.items()
