@@ -182,7 +182,7 @@ def latencies(recommenders: dict[int, Recommender], requests: int) -> dict[int, 
                 engine.recommend([SearchRequest(prompt=prompts[0])])
                 for prompt in prompts[start : start + 10]:
                     # Other first tokens: no prefix of an earlier request is found again.
-                    fresh = [*rng.integers(5, 4000, 3).tolist(), *prompt]
+                    fresh = [*rng.integers(5, small.config.vocab_size, 3).tolist(), *prompt]
                     wall, cpu = time.perf_counter(), time.process_time()
                     result = engine.recommend([SearchRequest(prompt=fresh)])[0]
                     took = time.perf_counter() - wall, time.process_time() - cpu
