@@ -18,14 +18,14 @@ from models.title_tokens import TitleTokens, spans
 
 Encode = Callable[[list[str]], TitleTokens]
 
-_GPT2_STYLE = (
+_STYLE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}"
     r"| ?[^\s{others}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PATTERNS = {
-    "Llama 3": _GPT2_STYLE.format(letters=r"\p{L}", digits=r"\p{N}{1,3}", others=r"\p{L}"),
-    "Qwen 2": _GPT2_STYLE.format(letters=r"\p{L}", digits=r"\p{N}", others=r"\p{L}"),
-    "Qwen 3.5": _GPT2_STYLE.format(letters=r"[\p{L}\p{M}]", digits=r"\p{N}", others=r"\p{L}\p{M}"),
+    "Llama 3": _STYLE.format(letters=r"\p{L}", digits=r"\p{N}{1,3}", others=r"\p{L}"),
+    "Qwen 2": _STYLE.format(letters=r"\p{L}", digits=r"\p{N}", others=r"\p{L}"),
+    "Qwen 3.5": _STYLE.format(letters=r"[\p{L}\p{M}]", digits=r"\p{N}", others=r"\p{L}\p{M}"),
 }
 """What their tokenizers split texts by. GPT-2's own pattern, SmolLM2's too, is built into `ByteLevel`."""
 _SPACE = r"[\s\x0b\x1c-\x1f\x{85}\p{Z}]"
