@@ -29,10 +29,6 @@ class LossWeights:
     """of the cross-entropy over trie children, nats per title"""
     vocabulary_targets: float = 0.0
     """of the cross-entropy over all tokens, nats per title position"""
-    order: float = 0.0
-    """of the teacher's order of first tokens, nats per title and place"""
-    similarity: float = 0.0
-    """of one less the likeness of the final hidden states, 0 to 1"""
 
 
 @dataclass(frozen=True)
@@ -83,40 +79,7 @@ def distillation_loss(
     if weights.vocabulary_targets:
         missed = chunked_vocabulary_cross_entropy(student_hidden, student_head, next_ids)
         total = total + weights.vocabulary_targets * missed
-    if weights.order:
-        total = total + weights.order * order_loss(wanted.root, ours.root)
-    if weights.similarity:
-        total = total + weights.similarity * (1 - likeness(teacher_hidden, student_hidden))
     return DistillationLoss(total, valid.detach(), vocabulary.detach())
-
-
-def order_loss(teacher: torch.Tensor, student: torch.Tensor, places: int = 20) -> torch.Tensor:
-    """Return the negative log-likelihood of the teacher's first choices in order, all others behind them.
-
-    Args:
-        teacher, student: log-probabilities `[titles, choices]`.
-
-    Returns:
-        Nats, the mean over titles and places. Source: the relaxed ranking of DE-RRD (2012.04357).
-    """
-    best = teacher.topk(min(places, teacher.shape[1]), -1).indices
-    behind = student.scatter(1, best, -torch.inf).logsumexp(-1, keepdim=True)
-    chosen = student.gather(1, best)
-    remaining = torch.logcumsumexp(torch.cat([behind, chosen.flip(1)], 1), 1)[:, 1:].flip(1)
-    return (remaining - chosen).mean()
-
-
-def likeness(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the linear CKA of two representations of the same positions: 1 where one is the other turned.
-
-    Args:
-        one, other: `[positions, hidden]`, of any two hidden sizes.
-
-    Source: Kornblith et al. (1905.00414), the linear kernel.
-    """
-    one, other = (x.float() - x.float().mean(0) for x in (one, other))
-    shared, first, second = ((x.T @ y).square().sum() for x, y in ((one, other), (one, one), (other, other)))
-    return shared / (first * second).sqrt().clamp(min=1e-12)
 
 
 def chunked_vocabulary_cross_entropy(

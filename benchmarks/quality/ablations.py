@@ -14,8 +14,6 @@ ABLATIONS: dict[str, Recipe] = {
     "published-scores": replace(_DEFAULT, method=Method(scores="prunerec")),
     "vocabulary-kl": replace(_DEFAULT, weights=LossWeights(vocabulary=1.0)),
     "both-kl": replace(_DEFAULT, weights=LossWeights(valid=0.5, vocabulary=0.5)),
-    "list-wise": replace(_DEFAULT, weights=LossWeights(valid=0.5, order=0.5)),
-    "hidden-states": replace(_DEFAULT, weights=LossWeights(valid=1.0, similarity=0.5)),
     "two-stages": replace(
         _DEFAULT,
         stages=(

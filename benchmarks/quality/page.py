@@ -32,6 +32,8 @@ TITLES = {
     "published-scores": "LeanRec with the published scores",
     "vocabulary-kl": "LeanRec, KL over the vocabulary",
     "both-kl": "LeanRec, half of either KL",
+    "list-wise": "LeanRec, half the loss the teacher's order of first tokens",
+    "hidden-states": "LeanRec, likeness of hidden states in the loss too",
     "two-stages": "LeanRec in two stages",
     "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
     "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",

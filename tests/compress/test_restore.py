@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress import distill
-from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss, likeness, order_loss
+from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
 from compress.restore import SHORT_RUN_STEPS, RestoreSettings, restore, training_steps
 from compress.rows import RestorationRows, collate, make_rows
 from compress.shrink_perturb import shrink_and_perturb
@@ -377,20 +376,3 @@ def test_a_restoration_that_comes_apart_stops_and_says_where_its_best_state_is(b
     best = tmp_path / "work" / f"checkpoint-{every}"
     assert f"{best} (validation NLL 3.5000)" in str(told.value)
     AutoModelForCausalLM.from_pretrained(best)
-
-
-def test_the_order_loss_is_the_chance_of_the_teacher_s_first_choices_in_turn() -> None:
-    teacher = torch.tensor([[0.1, 3.0, 2.0, -1.0]]).log_softmax(-1)
-    student = torch.tensor([[0.5, 1.0, 2.0, 0.0]]).log_softmax(-1)
-    first, second, *rest = student.exp()[0, [1, 2, 0, 3]].tolist()
-    expected = -(math.log(first) + math.log(second / (second + sum(rest)))) / 2
-    assert order_loss(teacher, student, places=2).item() == pytest.approx(expected, rel=1e-5)
-    assert order_loss(teacher, teacher, places=2) < order_loss(teacher, student, places=2)
-
-
-def test_hidden_states_are_alike_however_they_are_turned() -> None:
-    torch.manual_seed(0)
-    states = torch.randn(200, 8)
-    turned = 3 * states @ torch.linalg.qr(torch.randn(8, 8)).Q + 1
-    assert likeness(states, turned).item() == pytest.approx(1.0, abs=1e-5)
-    assert likeness(states, torch.randn(200, 4)) < 0.3
