@@ -3,7 +3,8 @@
     python -m benchmarks.serving.exactness --model DIR --data D [--users 500]
 
 Prints a JSON row and keeps it in `benchmarks/serving/exactness.json`. The full ranking scores every item
-through the same layers, without any bound.
+through the same layers, without any bound. The models are of `benchmarks.serving.checkpoints`; that of
+Amazon's CDs, `cds`, was trained with `--epochs 5`.
 """
 
 import argparse
