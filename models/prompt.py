@@ -66,6 +66,8 @@ class Prompter:
         self.config = config
         self.titles = titles
         self._title_tokens = title_tokens
+        if getattr(tokenizer, "is_fast", False):
+            _forget_last_batch(tokenizer.backend_tokenizer)
         try:
             self._template = compile_template(config.template)
             self._template.render(history=["a", "b"])
@@ -123,9 +125,6 @@ class Prompter:
     def _encode_fast(self, texts: list[str]) -> TitleTokens:
         """The same without offsets and masks, in half the time; less where words can be told apart."""
         backend = self.tokenizer.backend_tokenizer
-        # A tokenizer file keeps the settings of the last batch before it was saved.
-        backend.no_truncation()
-        backend.no_padding()
 
         def encode(texts: list[str]) -> TitleTokens:
             encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -155,3 +154,14 @@ class Prompter:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _forget_last_batch(tokenizer: Any) -> None:
+    """Undo truncation and padding: a tokenizer's file keeps those of the last batch before it was saved.
+
+    Nothing is written where there are none: another thread may be encoding with the same tokenizer.
+    """
+    if tokenizer.truncation is not None:
+        tokenizer.no_truncation()
+    if tokenizer.padding is not None:
+        tokenizer.no_padding()
