@@ -18,7 +18,9 @@ from serve.service import Service
 from serve.supervisor import tell_supervisor
 
 DRAIN_NOTICE_S = 1.0
-"""Between readiness saying no and the port closing: time for a balancer to send requests elsewhere."""
+"""Between readiness saying no and the port closing: time for a balancer to send requests elsewhere.
+
+Who asks in it meets an answer and not a closed connection."""
 DRAIN_LIMIT_S = 30
 
 
@@ -51,7 +53,7 @@ class DrainingServer(uvicorn.Server):
         self._metrics_state = ServerState()
         self._metrics_server: asyncio.Server | None = None
         self._telling: asyncio.Task[None] | None = None
-        service.on_failure = self.stop
+        service.on_failure = self._on_failure
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -82,6 +84,10 @@ class DrainingServer(uvicorn.Server):
         self.service.drain()
         loop = asyncio.get_running_loop()
         loop.call_soon_threadsafe(loop.call_later, DRAIN_NOTICE_S, self.stop)
+
+    def _on_failure(self) -> None:
+        notice_s = DRAIN_NOTICE_S if self.service.was_ready else 0
+        asyncio.get_running_loop().call_later(notice_s, self.stop)
 
     def stop(self) -> None:
         """Take no more connections, answer what came, and end."""

@@ -98,6 +98,10 @@ class Service:
         return self.state in ("starting", "warming")
 
     @property
+    def was_ready(self) -> bool:
+        return self._loaded is not None
+
+    @property
     def shelf(self) -> Shelf:
         """The catalogue in force.
 

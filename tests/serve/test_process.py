@@ -56,11 +56,13 @@ def ask(http: httpx.Client, k: int = 5) -> httpx.Response:
 @pytest.mark.parametrize(("k", "said"), [(HANG, "at one batch for 1 s"), (BREAK, "fails on every request")])
 def test_a_lost_engine_ends_the_process(start: Start, k: int, said: str) -> None:
     process, log = start("--watchdog", "1")
-    with client_of(address(log)) as http, ThreadPoolExecutor(6) as pool:
+    url = address(log)
+    with client_of(url) as http, client_of(url) as late, ThreadPoolExecutor(6) as pool:
         ready(process, http)
-        lost = pool.submit(ask, http, k)
-        others = [pool.submit(ask, http) for _ in range(5)]
-        assert lost.result().status_code == 503
+        others = [pool.submit(ask, http, k)] + [pool.submit(ask, http) for _ in range(4)]
+        wait_until(lambda: http.get("/health/ready").status_code == 503)
+        assert ask(late).status_code == 503  # a new connection still meets an answer
+        assert others[0].result().status_code == 503
         assert {other.result().status_code for other in others} <= {200, 503}
         assert process.wait(60) == 1
     last = log.read_text().strip().splitlines()[-1]
