@@ -34,6 +34,13 @@ ABLATIONS: dict[str, Recipe] = {
             Stage(cuts=("depth",), share=0.90, learning_rate=1e-3),
         ),
     ),
+    "more-drawings": replace(_DEFAULT, drawings=8),
+    # A quarter of the tokens a step, so four times the steps for the same tokens; Adam's rate by the root.
+    "small-steps": replace(
+        _DEFAULT,
+        batch_tokens=1024,
+        stages=(*_DEFAULT.stages[:2], replace(_DEFAULT.stages[2], learning_rate=2e-3)),
+    ),
     "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
     "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),

@@ -35,6 +35,8 @@ TITLES = {
     "list-wise": "LeanRec, half the loss the teacher's order of first tokens",
     "hidden-states": "LeanRec, likeness of hidden states in the loss too",
     "two-stages": "LeanRec in two stages",
+    "more-drawings": "LeanRec, eight drawings of the streams instead of two",
+    "small-steps": "LeanRec, a quarter of the tokens a step",
     "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
     "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",
     "halving": "LeanRec, half the layers first, mended; the rest restored as cut, in smaller steps",
