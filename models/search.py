@@ -37,9 +37,10 @@ class SearchSettings:
     """Nodes opened a step."""
     subtree: int = 1
     """A node opened with all its descendants when there are at most so many: fewer, larger steps. Most of the
-    descendants would never be opened: a CPU pays for them, and so does the budget."""
+    descendants would never be opened, and a CPU pays for them."""
     max_expansions: int = 128
-    """Nodes opened for up to ten items of the whole catalogue; `budget` has the rest."""
+    """Nodes chosen for up to ten items of the whole catalogue; `budget` has the rest. Descendants opened with
+    them do not count: large steps must not end a search sooner."""
 
     @staticmethod
     def on(device: str) -> "SearchSettings":
@@ -48,7 +49,7 @@ class SearchSettings:
         return SearchSettings() if device == "cpu" else SearchSettings(width=32, subtree=8)
 
     def budget(self, request: SearchRequest) -> int:
-        """Return how many nodes may be opened; the last quarter goes to finishing a list.
+        """Return how many nodes may be chosen; the last quarter goes to finishing a list.
 
         A further item takes about one node more; it is given two. A subset leaves less probable items, found
         later: with four times as many nodes any few hundred items can be searched to the end.
@@ -67,6 +68,7 @@ class SearchResult:
     exact: bool
     """Whether this is provably the top-K."""
     expansions: int
+    """Nodes opened"""
     steps: int
 
 
@@ -79,6 +81,7 @@ class BestFirstSearch:
     settings: SearchSettings = SearchSettings()
     expansions: int = 0
     steps: int = 0
+    _spent: int = 0
     _open: list[tuple[float, int, int, int]] = field(default_factory=list)
     _runs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     _newest: list[tuple[float, int]] = field(default_factory=list)
@@ -99,7 +102,7 @@ class BestFirstSearch:
 
     def select(self) -> list[int]:
         """Return the nodes to score now, parents before children; empty when the search has ended."""
-        left = self._budget - self.expansions
+        left = self._budget - self._spent
         finishing = len(self._done) < self._goal and left <= self._budget // 4
         if left <= 0 and not finishing:
             return []
@@ -110,6 +113,7 @@ class BestFirstSearch:
         for node in self._chosen:
             small = 1 < self.trie.subtree_nodes[node] <= self.settings.subtree + 1
             nodes += self._descendants(node) if small else [node]
+        self._spent += len(chosen)
         self.steps += bool(nodes)
         self.expansions += len(nodes)
         return nodes

@@ -121,6 +121,19 @@ def test_dead_subtrees_are_not_opened() -> None:
         assert (result.rows, result.exact, result.expansions) == ([row], True, 3)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2, 5])
+def test_larger_steps_do_not_end_a_search_sooner(seed: int) -> None:
+    titles = [[a, b, c, END] for a in range(12) for b in range(8) for c in range(2)]
+    trie = build_trie(titles, np.zeros(192), [f"i{n:03}" for n in range(192)])
+    log_probs, request = node_log_probs(trie, seed, False), SearchRequest(prompt=[], k=10)
+    alone = run(trie, log_probs, request, SearchSettings(width=1, subtree=0))
+    budget = 2 * alone.expansions  # enough, though a search uses its last quarter only to fill the list
+    whole = run(trie, log_probs, request, SearchSettings(width=1, subtree=8, max_expansions=budget))
+    assert alone.exact
+    assert whole.exact
+    assert whole.expansions > budget
+
+
 def test_what_is_asked_widens_the_budget() -> None:
     trie = build_trie([[1, END], [2, END]], np.zeros(2), ["a", "b"])
     settings = SearchSettings(max_expansions=128)
