@@ -1,19 +1,34 @@
 """Matrix products in bf16 where the hardware is faster that way; weights, sums and losses stay fp32."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 
-import torch
+CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def prefers_bf16(device: str) -> bool:
-    """Return whether bf16 products are faster than fp32 ones on `cpu` or `cuda`."""
+    """Return whether bf16 products are faster than fp32 ones on `cpu` or `cuda`; PyTorch is not imported for
+    the former."""
     if device == "cuda":
+        import torch
+
         return torch.cuda.is_bf16_supported()
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+    facts = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
+    return any("avx512_bf16" in line.split() for line in facts.splitlines() if line.startswith("flags"))
+
+
+def served_dtype(device: str) -> str:
+    """Return the precision that serves on `cpu` or `cuda`, where none is asked for.
+
+    A CPU without bf16 products emulates them, at a small part of the rate of its fp32 ones.
+    """
+    return "bfloat16" if prefers_bf16(device) else "float32"
 
 
 def fast_products(device: str) -> AbstractContextManager[object]:
     """Return a context in which products run in bf16 where that is faster."""
+    import torch
+
     return torch.autocast(device, torch.bfloat16, enabled=prefers_bf16(device))
 
 
@@ -23,4 +38,6 @@ def exact_products(device: str) -> AbstractContextManager[object]:
     Logits need it: rounded to bf16 they move by some hundredths, which is what a teacher and a good student
     differ by, and near-ties change places.
     """
+    import torch
+
     return torch.autocast(device, enabled=False)

@@ -14,6 +14,7 @@ from models import vllm_plugin
 from models.checkpoint import Recommender, read_safetensors_header
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError
+from models.precision import served_dtype
 
 # Separate processes would each import vLLM again; other plugins and telemetry are not asked for.
 _ENVIRONMENT = {
@@ -72,14 +73,15 @@ def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
     """
     vllm = import_vllm()
     try:
-        return vllm.LLM(**(_chosen(recommender) | dict(arguments)))
+        return vllm.LLM(**(engine_choices(recommender) | dict(arguments)))
     except Exception as error:  # whatever vLLM's layers raise: it is about the model or an argument
         logger.debug("vLLM failed to load", exc_info=True)
         reason = " ".join(str(error).split()) or type(error).__name__
         raise LeanRecError(f"{recommender.directory}: vLLM cannot load it: {reason[:500]}") from error
 
 
-def _chosen(recommender: Recommender) -> dict[str, Any]:
+def engine_choices(recommender: Recommender) -> dict[str, Any]:
+    """Return the engine arguments that are chosen where none are given."""
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
@@ -87,7 +89,7 @@ def _chosen(recommender: Recommender) -> dict[str, Any]:
         "model": str(recommender.directory),
         "runner": "pooling",
         "convert": "embed",
-        "dtype": "bfloat16",
+        "dtype": served_dtype("cpu" if on_cpu else "cuda"),
         "max_model_len": _needed_length(recommender),
         "enforce_eager": on_cpu,
         "block_size": CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE,

@@ -15,6 +15,7 @@ from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GP
 from models.errors import LeanRecError, UsageError
 from models.index import INDEX
 from models.per_layer import MODEL_TYPE, PerLayerShape
+from models.precision import served_dtype
 from serve.devices import is_cpu_build
 
 BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
@@ -105,8 +106,8 @@ def plan_memory(
     """
     described = read_description(directory)
     check_weights(directory)
-    options = _engine_options(vllm_arguments)
     on_cpu = is_cpu_build()
+    options = _engine_options(vllm_arguments, served_dtype("cpu" if on_cpu else "cuda"))
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         heads, layers, hidden = (
@@ -150,15 +151,19 @@ def plan_memory(
     )
 
 
-def _engine_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the engine arguments that change the plan; vLLM itself checks them all when it starts."""
+def _engine_options(arguments: Sequence[str], dtype: str) -> argparse.Namespace:
+    """Return the engine arguments that change the plan; vLLM itself checks them all when it starts.
+
+    Args:
+        dtype: Where they name none.
+    """
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:  # type: ignore[override]
             raise UsageError(f"{message}; --plan takes plain numbers and --dtype {', '.join(BYTES)}")
 
     parser = Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--dtype", default="bfloat16", choices=BYTES)
+    parser.add_argument("--dtype", default=dtype, choices=BYTES)
     for name in ("--kv-cache-memory-bytes", "--max-model-len", "--block-size"):
         parser.add_argument(name, type=int)
     return parser.parse_known_args(list(arguments))[0]

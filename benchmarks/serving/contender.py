@@ -82,6 +82,7 @@ def open_contender(
         return contender
     from benchmarks.serving import practice
     from models.checkpoint import read_recommender
+    from models.precision import served_dtype
 
     recommender = read_recommender(directory)
     if name == "generate":
@@ -89,7 +90,7 @@ def open_contender(
     longest = max(map(len, recommender.prompter.title_tokens))
     length = -(-(recommender.prompt.max_history + 2) * longest // 64) * 64
     arguments: dict[str, Any] = {
-        "dtype": "bfloat16",
+        "dtype": served_dtype(practice.DEVICE),
         "enforce_eager": True,
         "max_model_len": length,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
+from models.precision import served_dtype
+
 RATE_TOKENS = 512
 REPEATS, PASSES = 4, 4
 
@@ -44,14 +46,16 @@ def request_flops(config: PreTrainedConfig, prompt_tokens: float, tokens: float)
 
 
 def matrix_rates(config: PreTrainedConfig) -> list[float]:
-    """Return one thread's bf16 rate over the layer's own matrices, FLOP per CPU second, in several tries."""
+    """Return one thread's rate over the layer's own matrices, in the precision of serving, FLOP per CPU
+    second, in several tries."""
     torch.set_num_threads(1)
+    dtype = getattr(torch, served_dtype("cpu"))
     work = []
     for inputs, outputs in matrix_shapes(config):
         weight = torch.ops.mkldnn._reorder_linear_weight(
-            torch.randn(outputs, inputs, dtype=torch.bfloat16), RATE_TOKENS
+            torch.randn(outputs, inputs, dtype=dtype), RATE_TOKENS
         )
-        work.append((torch.randn(RATE_TOKENS, inputs, dtype=torch.bfloat16), weight))
+        work.append((torch.randn(RATE_TOKENS, inputs, dtype=dtype), weight))
     flops = 2 * RATE_TOKENS * sum(inputs * outputs for inputs, outputs in matrix_shapes(config))
     _multiply(work)
     rates = []
@@ -69,8 +73,11 @@ def _multiply(work: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 
 def weight_bytes(config: PreTrainedConfig) -> int:
-    """Return the bytes of all layers' matrices in bf16: what a forward reads."""
-    return 2 * sum(inputs * outputs for inputs, outputs in matrix_shapes(config)) * config.num_hidden_layers
+    """Return the bytes of all layers' matrices in the precision of serving: what a forward reads."""
+    size = getattr(torch, served_dtype("cpu")).itemsize
+    return (
+        size * sum(inputs * outputs for inputs, outputs in matrix_shapes(config)) * config.num_hidden_layers
+    )
 
 
 def read_rates(config: PreTrainedConfig) -> list[float]:

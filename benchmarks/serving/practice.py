@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from models.checkpoint import Recommender, load_model
+from models.precision import served_dtype
 
 BEAMS = 20
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEPT = 10
 
 
@@ -41,8 +43,7 @@ class GenerateContender:
     batch = 8
 
     def __init__(self, recommender: Recommender) -> None:
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = load_model(recommender, dtype=torch.bfloat16, device=self._device).eval()
+        self._model = load_model(recommender, getattr(torch, served_dtype(DEVICE)), DEVICE).eval()
         self._end = end_token(recommender)
         self._rows: dict[tuple[int, ...], int] = {}
         self._trie: dict[int, Any] = {}
@@ -68,8 +69,8 @@ class GenerateContender:
             return list(node) or [self._end]
 
         generated = self._model.generate(
-            input_ids=ids.to(self._device),
-            attention_mask=mask.to(self._device),
+            input_ids=ids.to(DEVICE),
+            attention_mask=mask.to(DEVICE),
             num_beams=BEAMS,
             num_return_sequences=KEPT,
             max_new_tokens=self._longest,

@@ -14,6 +14,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from benchmarks.serving.checkpoints import RUNS, quantised
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
@@ -22,6 +24,7 @@ from models.atomic import write_json
 from models.checkpoint import Recommender, read_recommender, read_safetensors_header, write_recommender
 from models.data import load_data
 from models.families import Shape, Traits, count_parameters, resized_config
+from models.precision import served_dtype
 from models.prompt import PromptConfig
 
 if TYPE_CHECKING:
@@ -65,9 +68,11 @@ def main() -> None:
 
 
 def _served_bytes(weights: Path) -> int:
-    """Return the bytes of a checkpoint's tensors as they are served: floats in bf16, int8 as it is."""
+    """Return the bytes of a checkpoint's tensors as they are served: floats in the precision of serving, int8
+    as it is."""
     tensors = read_safetensors_header(weights).values()
-    return sum(math.prod(t["shape"]) * (1 if t["dtype"] == "I8" else 2) for t in tensors)
+    size = getattr(torch, served_dtype("cpu")).itemsize
+    return sum(math.prod(t["shape"]) * (1 if t["dtype"] == "I8" else size) for t in tensors)
 
 
 def _entry(recommender: Recommender, rounds: int) -> Entry:
