@@ -128,6 +128,7 @@ def _quality(tested: Mapping[str, Any]) -> Row:
         "metrics": {name: tested[name] for name in names if name in tested},
         "ci95": tested["ci95"],
         "users": tested["users"],
+        "exact_share": tested.get("exact_share"),
         "later_day": tested["later_day"],
     }
 

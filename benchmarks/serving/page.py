@@ -272,6 +272,30 @@ def gpu_table(rows: Rows) -> Table:
     return Table("On a GPU", note, cells)
 
 
+def precision_table(rows: Rows) -> Table:
+    """Return what either precision costs."""
+    cells = [["Model", "Precision", "Clients", "Requests", "CPU ms/request", "Of bf16's", "Overlap@10"]]
+    cost = {(r["model"], r["clients"], r["contender"]): r["cpu_seconds_per_request"] for r in rows}
+    for row in sorted(rows, key=lambda r: (r["model"], r["clients"], r["contender"])):
+        seconds = row["cpu_seconds_per_request"]
+        cells.append(
+            [
+                row["model"],
+                row["contender"],
+                str(row["clients"]),
+                str(row["requests"]),
+                f"{1e3 * seconds:.1f}",
+                f"{seconds / cost[row['model'], row['clients'], 'bfloat16']:.3f}",
+                _share(row["overlap@10"]),
+            ]
+        )
+    note = (
+        f"{rows[0]['hardware']}; chosen here where `--dtype` is not given: {rows[0]['chosen']}. Fresh users; "
+        "overlap is with the answers of the chosen one. `python -m benchmarks.serving.precision`"
+    )
+    return Table("bf16 or fp32", note, cells)
+
+
 def catalogue_table(rows: Rows) -> Table:
     """Return a million items beside two thousand."""
     keys = [key for key in rows[0] if not key.startswith("budget_") and key not in ("model", "items")]
@@ -307,6 +331,7 @@ def tables(folder: Path = HERE) -> list[Table]:
         ("settings.json", settings_table),
         ("products.json", products_table),
         ("pruned.json", pruned_table),
+        ("precision.json", precision_table),
         ("big_catalog.json", catalogue_table),
     )
     return found + [make(result) for name, make in makers if (result := read(name)) is not None]

@@ -44,6 +44,8 @@ class Entry:
     config: PreTrainedConfig
     max_expansions: int | None = None
     """Budget of the search; None for the engine's own"""
+    arguments: Mapping[str, Any] | None = None
+    """vLLM engine arguments, where they are not the usual ones"""
 
 
 @dataclass
@@ -80,6 +82,8 @@ def process(entry: Entry, logs: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "benchmarks.serving.contender", entry.name, str(entry.directory)]
     if entry.max_expansions is not None:
         command.append(str(entry.max_expansions))
+    if entry.arguments is not None:
+        command += ["--arguments", json.dumps(entry.arguments)]
     with open(log, "w", encoding="utf-8") as errors:
         running = subprocess.Popen(
             command,

@@ -19,6 +19,7 @@ INTERVALS = {name: [0.1, 0.2] for name in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
 
 def measured(ndcg):
     values = {"hr@5": 0.1, "hr@10": 2 * ndcg, "ndcg@5": ndcg / 2, "ndcg@10": ndcg, "nll": 5.0}
+    values |= {"exact_share": 0.75}
     return {**values, "users": 50, "ci95": INTERVALS, "later_day": {"users": 10, "ndcg@10": ndcg}}
 
 
@@ -103,6 +104,19 @@ def test_rows_say_what_ranked_and_not_where_the_data_lay(results):
     assert (served["ranked_by"], unverified["ranked_by"]) == ("vllm", "transformers")
     full = next(row for row in read_rows() if row["recipe"] == "full")
     assert full["settings"] == {"epochs": "10", "data": "toys"}
+
+
+def test_a_ranking_that_is_not_there_is_left_out(results):
+    for row in read_rows():
+        if row["recipe"] == "full":
+            keep_row({**row, "metrics": {"nll": 5.5}, "ci95": {}, "exact_share": None})
+    write_pages()
+    lines = [line.split(" | ") for line in (results / "README.md").read_text().splitlines()]
+    names = next(line for line in lines if line[0] == "| Recipe")
+    cells = {line[0]: dict(zip(names, line, strict=True)) for line in lines if len(line) == len(names)}
+    assert [cells["| full model"][name] for name in ("NDCG@10", "NLL", "Proved")] == ["", "5.500", ""]
+    assert cells["| LeanRec"]["Proved"] == "75.0%"
+    assert cells["| LeanRec"]["NDCG@10"].startswith("0.0900 [")
 
 
 def test_runs_share_the_full_models_reading_where_they_read_the_same_rows():
