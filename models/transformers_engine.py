@@ -34,7 +34,8 @@ class TransformersEngine:
         device = model.device.type
         self.model = model
         self.trie = trie
-        self.settings = settings or SearchSettings.on(device)
+        # A GPU's larger steps too would only fill its memory: the batch keeps it busy already.
+        self.settings = settings or SearchSettings()
         self.batch_size = batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
         self.timings = Timings(0.0, 0.0)
         self.refresh()
