@@ -42,6 +42,7 @@ ifndef DATA
 	python -m benchmarks.serving.service
 	python -m benchmarks.serving.profile
 	python -m benchmarks.serving.pruned
+	python -m benchmarks.serving.precision --model runs/serving/ml-100k --data ml-100k
 	python -m benchmarks.serving.big_catalog
 endif
 	python -m benchmarks.serving.page

@@ -274,14 +274,17 @@ def gpu_table(rows: Rows) -> Table:
 
 def precision_table(rows: Rows) -> Table:
     """Return what either precision costs."""
-    cells = [["Model", "Precision", "Clients", "Requests", "CPU ms/request", "Of bf16's", "Overlap@10"]]
+    names = "Machine|Model|Precision|Chosen there|Clients|Requests|CPU ms/request|Of bf16's|Overlap@10"
+    cells = [names.split("|")]
     cost = {(r["model"], r["clients"], r["contender"]): r["cpu_seconds_per_request"] for r in rows}
     for row in sorted(rows, key=lambda r: (r["model"], r["clients"], r["contender"])):
         seconds = row["cpu_seconds_per_request"]
         cells.append(
             [
+                row["hardware"],
                 row["model"],
                 row["contender"],
+                "yes" if row["contender"] == row["chosen"] else "",
                 str(row["clients"]),
                 str(row["requests"]),
                 f"{1e3 * seconds:.1f}",
@@ -290,8 +293,8 @@ def precision_table(rows: Rows) -> Table:
             ]
         )
     note = (
-        f"{rows[0]['hardware']}; chosen here where `--dtype` is not given: {rows[0]['chosen']}. Fresh users; "
-        "overlap is with the answers of the chosen one. `python -m benchmarks.serving.precision`"
+        "One checkpoint in either precision, in turn, on fresh users. Chosen: where `--dtype` is not given; the "
+        "overlap is with its answers. `python -m benchmarks.serving.precision`"
     )
     return Table("bf16 or fp32", note, cells)
 
