@@ -293,8 +293,8 @@ def precision_table(rows: Rows) -> Table:
             ]
         )
     note = (
-        "One checkpoint in either precision, in turn, on fresh users. Chosen: where `--dtype` is not given; the "
-        "overlap is with its answers. `python -m benchmarks.serving.precision`"
+        "One checkpoint in either precision, in turn, on fresh users. Chosen: where `--dtype` is not given; "
+        "the overlap is with its answers. `python -m benchmarks.serving.precision`"
     )
     return Table("bf16 or fp32", note, cells)
 
