@@ -12,7 +12,7 @@ def prefers_bf16(device: str) -> bool:
     if device == "cuda":
         import torch
 
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     facts = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
     return any("avx512_bf16" in line.split() for line in facts.splitlines() if line.startswith("flags"))
 
@@ -20,9 +20,10 @@ def prefers_bf16(device: str) -> bool:
 def served_dtype(device: str) -> str:
     """Return the precision that serves on `cpu` or `cuda`, where none is asked for.
 
-    A CPU without bf16 products emulates them, at a small part of the rate of its fp32 ones.
+    A CPU without bf16 products emulates them, at a small part of the rate of its fp32 ones. GPUs are not
+    asked: that takes a CUDA context, and vLLM says itself which are too old.
     """
-    return "bfloat16" if prefers_bf16(device) else "float32"
+    return "bfloat16" if device == "cuda" or prefers_bf16(device) else "float32"
 
 
 def fast_products(device: str) -> AbstractContextManager[object]:

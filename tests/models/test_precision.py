@@ -35,6 +35,7 @@ def test_a_model_is_served_in_what_the_cpu_multiplies(has_bf16: bool, tmp_path: 
     wanted, other = ("bfloat16", "float32") if has_bf16 else ("float32", "bfloat16")
     assert prefers_bf16("cpu") == has_bf16
     assert served_dtype("cpu") == engine_choices(recommender)["dtype"] == wanted
+    assert served_dtype("cuda") == "bfloat16"
     plan = plan_memory(recommender.directory, [])
     assert plan == plan_memory(recommender.directory, ["--dtype", wanted])
     assert plan != plan_memory(recommender.directory, ["--dtype", other])
