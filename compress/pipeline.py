@@ -21,6 +21,7 @@ from models.checkpoint import Recommender, read_recommender
 from models.data import Dataset, load_data
 from models.errors import UsageError
 from models.families import check_supported
+from models.precision import check_int8_products
 from models.sources import BUILT_IN
 from models.vocabulary import trimmed_recommender
 
@@ -46,6 +47,8 @@ def compress(job: Job) -> Path | None:
         return None
     if job.ranked_by == "vllm":
         check_vllm_installed()
+    if job.quantize != "none" and device == "cpu":
+        check_int8_products(f"--quantize {job.quantize}")
     out = job.out or inputs.default_out(_data_spec(job, run.full), job.target)
     if result_of(out, run.settings):
         _say(processes, f"{out}: already there, made with the same settings")

@@ -3,7 +3,11 @@
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+from models.errors import LeanRecError
+
 CPU_FACTS = Path("/proc/cpuinfo")
+INT8_FLAGS = {"avx512_vnni", "avx_vnni"}
+"""x86 CPUs with one of these add int8 products in 32 bits"""
 
 
 def prefers_bf16(device: str) -> bool:
@@ -13,8 +17,32 @@ def prefers_bf16(device: str) -> bool:
         import torch
 
         return torch.cuda.is_bf16_supported(including_emulation=False)
+    return "avx512_bf16" in _cpu_flags()
+
+
+def check_int8_products(subject: str) -> None:
+    """Refuse what needs vLLM's int8 products on a CPU that gets them wrong.
+
+    x86 without VNNI adds two int8 products in 16 bits; they overflow, and are cut off.
+
+    Args:
+        subject: What needs them, for the error.
+
+    Raises:
+        LeanRecError: this CPU is such a one.
+    """
+    flags = _cpu_flags()
+    if flags and not flags & INT8_FLAGS:
+        raise LeanRecError(
+            f"{subject}: this CPU has no VNNI, so its int8 products overflow and answers would be wrong; use "
+            "the unquantised model here, or a CPU with AVX512-VNNI or AVX-VNNI"
+        )
+
+
+def _cpu_flags() -> set[str]:
+    """Return what x86 CPUs say of themselves; others say nothing under that name."""
     facts = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
-    return any("avx512_bf16" in line.split() for line in facts.splitlines() if line.startswith("flags"))
+    return next((set(line.split()) for line in facts.splitlines() if line.startswith("flags")), set())
 
 
 def served_dtype(device: str) -> str:

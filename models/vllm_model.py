@@ -14,7 +14,7 @@ from models import vllm_plugin
 from models.checkpoint import Recommender, read_safetensors_header
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError
-from models.precision import served_dtype
+from models.precision import check_int8_products, served_dtype
 
 # Separate processes would each import vLLM again; other plugins and telemetry are not asked for.
 _ENVIRONMENT = {
@@ -69,9 +69,14 @@ def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
         arguments: vLLM engine arguments by field name; they take precedence over what is chosen here.
 
     Raises:
-        LeanRecError: vLLM is not installed, or refuses the model or an argument.
+        LeanRecError: vLLM is not installed, or refuses the model or an argument; the model is int8, and the
+            CPU gets it wrong.
     """
     vllm = import_vllm()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and getattr(recommender.config, "quantization_config", None):
+        check_int8_products(str(recommender.directory))
     try:
         return vllm.LLM(**(engine_choices(recommender) | dict(arguments)))
     except Exception as error:  # whatever vLLM's layers raise: it is about the model or an argument

@@ -17,12 +17,15 @@ from compress.page import render_page
 from compress.quantize import quantize_recommender, quantize_weight
 from compress.report import Quantized, make_report
 from compress.verify import INT8, Parity, check_engines_agree, read_weights
+from models import precision
 from models.checkpoint import load_model, read_recommender
 from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.golden import compute_golden, read_golden
 from models.search import SearchRequest
+from models.vllm_model import load_llm
 from tests.compress.made_up import make_evidence
+from tests.machine import needs_int8_products
 from tests.tiny import make_tiny_recommender
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -161,6 +164,19 @@ def test_a_quantised_model_is_not_pruned(capsys, pair, tmp_path):
     assert "--quantize" in capsys.readouterr().err
 
 
+@pytest.mark.vllm
+def test_a_cpu_that_multiplies_int8_wrongly_is_told_before_any_work(pair, tmp_path, monkeypatch):
+    facts, out = tmp_path / "cpuinfo", tmp_path / "out"
+    facts.write_text("flags : fpu avx2 avx512f\n")
+    monkeypatch.setattr(precision, "CPU_FACTS", facts)
+    make_tiny_recommender(tmp_path / "full")
+    with pytest.raises(LeanRecError, match="--quantize w8a8: this CPU has no VNNI"):
+        cli.main(command(tmp_path / "full", out)[2:])
+    assert not list(tmp_path.glob("out*"))
+    with pytest.raises(LeanRecError, match="after: this CPU has no VNNI"):
+        load_llm(read_recommender(pair[1]), {})
+
+
 def test_reports_tell_quality_and_size(tmp_path):
     evidence = make_evidence()
     assert "quantization" not in make_report(evidence)
@@ -194,6 +210,7 @@ def command(full: Path, out: Path) -> list[str]:
     ]
 
 
+@needs_int8_products
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_the_command_ends_with_an_int8_recommender_and_resumes_at_it(tmp_path):
@@ -225,6 +242,7 @@ def test_the_command_ends_with_an_int8_recommender_and_resumes_at_it(tmp_path):
     assert recommender.parent["settings"]["quantize"] == "w8a8"
 
 
+@needs_int8_products
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("intermediate_size", [128, 40])
@@ -254,6 +272,7 @@ def test_vllm_answers_as_it_did_unquantised(tmp_path, intermediate_size):
     assert shared >= 0.8 * sum(len(result.rows) for result in answers[0])
 
 
+@needs_int8_products
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_engines_agree_and_a_wrong_scale_is_caught(pair, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from models.checkpoint import load_model, read_recommender
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
 from models.vllm_engine import WorkerEngine, open_engine
+from tests.machine import needs_int8_products
 from tests.tiny import FAMILIES, make_tiny_recommender, write_tiny_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
@@ -55,6 +56,7 @@ def test_families(family: str, tmp_path: Path) -> None:
         engine.close()
 
 
+@needs_int8_products
 def test_int8(tmp_path: Path) -> None:
     open_tiny(tmp_path, "llama", "bfloat16")[0].close()
     quantize_recommender(read_recommender(tmp_path / "tiny"), tmp_path / "int8")

@@ -16,6 +16,7 @@ from models.checkpoint import load_model, read_recommender
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
 from models.vllm_plugin import NAME
+from tests.machine import HAS_INT8_PRODUCTS, needs_int8_products
 from tests.tiny import make_per_layer_recommender, write_tiny_data
 
 REPOSITORY = Path(__file__).parents[2]
@@ -93,7 +94,7 @@ def in_vllm(checkpoints):
         "prompts": [prompter.encode(history) for history in histories],
         "new_tokens": NEW_TOKENS,
         "greedy": GREEDY,
-        "search": {"qwen3": "float32", "int8": "bfloat16"},
+        "search": {"qwen3": "float32"} | ({"int8": "bfloat16"} if HAS_INT8_PRODUCTS else {}),
     }
     (checkpoints / "request.json").write_text(json.dumps(request))
     path = os.pathsep.join([str(installed), str(REPOSITORY)])
@@ -142,6 +143,7 @@ def test_the_search_runs_in_the_worker_on_fused_layers(checkpoints, in_vllm):
         assert scores == pytest.approx(result.scores, abs=1e-3)
 
 
+@needs_int8_products
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_int8_layers_that_differ_are_fused_too(checkpoints, in_vllm):
