@@ -47,12 +47,12 @@ def compress(job: Job) -> Path | None:
         return None
     if job.ranked_by == "vllm":
         check_vllm_installed()
-    if job.quantize != "none" and device == "cpu":
-        check_int8_products(f"--quantize {job.quantize}")
     out = job.out or inputs.default_out(_data_spec(job, run.full), job.target)
     if result_of(out, run.settings):
         _say(processes, f"{out}: already there, made with the same settings")
         return out
+    if job.quantize != "none" and device == "cpu":
+        check_int8_products(f"--quantize {job.quantize}")
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:
             work = stack.enter_context(hold(out))
