@@ -17,8 +17,9 @@ class OutOfBlocksError(LeanRecError):
 class BlockPool:
     """Hands out the blocks of one paged KV cache, one lease at a time.
 
-    A full block of prompt tokens is kept after its lease under the hash of all tokens up to its end, so
-    that a returning user's prompt starts where the last one ended. The least recently used go first.
+    A block of prompt tokens is kept after its lease, a full one under the hash of all tokens up to its end,
+    a prompt's last under the hash of those before it and its own tokens, so that a returning user's prompt
+    starts at the token where the last one ended. The least recently used go first.
     Block 0 is never handed out: padded block tables point at it.
     """
 
@@ -116,37 +117,61 @@ class Lease:
             OutOfBlocksError: too few blocks are left; nothing was taken.
         """
         pool, size = self._pool, self._pool.block_size
-        keys = _chain_keys(tokens, size)
+        data = np.ascontiguousarray(tokens, np.int32).tobytes()
+        keys = _chain_keys(data, size)
         matched = 0
         while matched < len(keys) and keys[matched] in pool._cached:
             matched += 1
         blocks = [pool._cached[key] for key in keys[:matched]]
-        newly_held = [key for key in keys[:matched] if key not in pool._held]
+        before, rest = keys[matched - 1] if matched else _BEGINNING, data[4 * size * matched :]
+        end, continued = self._earlier_end(before, rest)
+        newly_held = [key for key in (*keys[:matched], *end) if key not in pool._held]
         # Held before taking: eviction must not reach what was just matched.
         pool._held.update(newly_held)
-        for key in reversed(keys[:matched]):  # the end of a chain is evicted before its beginning
+        for key in (*end, *reversed(keys[:matched])):  # the end of a chain is evicted before its beginning
             pool._cached.move_to_end(key)
         try:
-            taken = pool._take(-(-len(tokens) // size) - matched)
+            taken = pool._take(-(-len(tokens) // size) - matched - len(end))
         except OutOfBlocksError:
             pool._held.difference_update(newly_held)
             raise
-        fresh = keys[matched:]
-        for key, block in reversed(list(zip(fresh, taken, strict=False))):
+        # The earlier prompt's last block is filled further: nobody else reads it.
+        pool._held.difference_update(end)
+        new = [pool._cached.pop(key) for key in end] + taken
+        fresh = [*keys[matched:], (keys[-1] if keys else _BEGINNING) + data[4 * size * len(keys) :]]
+        if fresh[-1] in pool._cached:
+            fresh.pop()  # the same prompt stands earlier in this batch
+        for key, block in reversed(list(zip(fresh, new, strict=False))):
             pool._cached[key] = block
         for key in reversed(keys[:matched]):
             pool._cached.move_to_end(key)
         pool._held.update(fresh)
         self.new_keys += fresh
-        self.private.update(taken[len(fresh) :])
-        return blocks + taken, matched * size
+        self.private.update(new[len(fresh) :])
+        return blocks + new, min(matched * size + continued, len(tokens) - 1)
+
+    def _earlier_end(self, before: bytes, rest: bytes) -> tuple[list[bytes], int]:
+        """Return the key of a prompt's last block that these tokens continue, if any, and its tokens."""
+        pool = self._pool
+        for length in range(min(len(rest) // 4, pool.block_size), 0, -1):
+            key = before + rest[: 4 * length]
+            if key in pool._cached and key not in pool._held:
+                return [key], length
+        return [], 0
 
 
-def _chain_keys(tokens: np.ndarray, block_size: int) -> list[bytes]:
-    """Return one key for each full block but the last token's: a hash of all tokens up to its end."""
-    keys, key, data = [], b"", np.ascontiguousarray(tokens, np.int32).tobytes()
-    step = 4 * block_size
-    for end in range(step, step * ((len(tokens) - 1) // block_size) + 1, step):
+_BEGINNING = bytes(16)
+"""Stands for the key of the block before the first."""
+
+
+def _chain_keys(data: bytes, block_size: int) -> list[bytes]:
+    """Return one key for each full block but the last token's: a hash of all tokens up to its end.
+
+    Args:
+        data: The tokens, int32.
+    """
+    keys, key, step = [], b"", 4 * block_size
+    for end in range(step, step * ((len(data) // 4 - 1) // block_size) + 1, step):
         key = hashlib.blake2b(key + data[end - step : end], digest_size=16).digest()
         keys.append(key)
     return keys

@@ -22,19 +22,43 @@ def test_a_prompt_seen_before_is_found_but_for_its_end() -> None:
         assert (len(blocks), cached) == (3, 0)
     with pool.lease() as lease:
         again, cached = lease.prefix(prompt)
-        assert again[:2] == blocks[:2]
-        assert cached == 8
+        assert again == blocks
+        assert cached == 9
     with pool.lease() as lease:
         grown, cached = lease.prefix(np.append(prompt, [10, 11, 12]).astype(np.int32))
-        assert grown[:2] == blocks[:2]
-        assert cached == 8  # the third block was not full when it was written
+        assert grown[:3] == blocks
+        assert cached == 10
     assert pool.num_available == 19
+
+
+def test_a_prompt_that_differs_within_its_last_block_begins_at_that_block() -> None:
+    pool = BlockPool(20, SIZE)
+    with pool.lease() as lease:
+        blocks, _ = lease.prefix(tokens(1, 2, 3, 4, 5, 6))
+    with pool.lease() as lease:
+        other, cached = lease.prefix(tokens(1, 2, 3, 4, 5, 7, 8))
+        assert other[:1] == blocks[:1]
+        assert other[1] != blocks[1]
+        assert cached == 4
+    with pool.lease() as lease:
+        assert lease.prefix(tokens(1, 2, 3, 4, 5, 6, 9)) == (blocks, 6)
+
+
+@pytest.mark.parametrize("length", range(1, 14))
+def test_the_longest_earlier_prompt_is_continued(length: int) -> None:
+    pool = BlockPool(20, SIZE)
+    prompt = np.arange(1, 15, dtype=np.int32)
+    for part in (prompt[:length], prompt[: max(1, length - 1)]):
+        with pool.lease() as lease:
+            lease.prefix(part)
+    with pool.lease() as lease:
+        assert lease.prefix(prompt)[1] == length
 
 
 def test_at_least_one_token_is_left_to_compute() -> None:
     pool = BlockPool(20, SIZE)
     prompt = np.arange(8, dtype=np.int32)
-    for expected in (0, 4):
+    for expected in (0, 7):
         with pool.lease() as lease:
             assert lease.prefix(prompt)[1] == expected
 
@@ -55,7 +79,20 @@ def test_a_prefix_is_shared_within_one_lease() -> None:
         other, cached = lease.prefix(np.arange(11, dtype=np.int32))
         assert other[:2] == one[:2]
         assert other[2] != one[2]
-        assert cached == 8
+        assert cached == 8  # the first prompt's last block is its own as long as the lease is
+
+
+def test_the_same_prompt_twice_in_one_lease() -> None:
+    pool = BlockPool(20, SIZE)
+    prompt = np.arange(7, dtype=np.int32)
+    with pool.lease() as lease:
+        one, _ = lease.prefix(prompt)
+        other, cached = lease.prefix(prompt)
+        assert cached == 4
+        assert other[1] != one[1]
+    assert pool.num_available == 19
+    with pool.lease() as lease:
+        assert lease.prefix(prompt) == (one, 6)
 
 
 def test_a_failed_lease_leaves_no_prefix_behind() -> None:
@@ -83,7 +120,7 @@ def test_the_least_recently_used_prefix_goes_first_and_its_end_before_its_beginn
     with pool.lease() as lease:
         lease.prefix(second)
     with pool.lease() as lease:
-        lease.take(3)  # two are free, so one must go: the second block of the first prompt
+        lease.take(2)  # none is free, so two must go: the last blocks of the first prompt
     with pool.lease() as lease:
         assert lease.prefix(second)[1] == 4
         assert lease.prefix(first)[1] == 4
@@ -124,10 +161,11 @@ def test_no_block_is_in_two_hands(batches: list[list[tuple[int, int, int]]]) -> 
                 assert len(blocks) == -(-length // SIZE)
                 assert 0 not in blocks
                 assert not private & set(blocks)
+                assert cached < length
                 for index, block in enumerate(blocks):
-                    holds = tuple(prompt[: (index + 1) * SIZE].tolist())
-                    assert index >= cached // SIZE or written[block] == holds
-                    written[block] = holds
+                    held = tuple(prompt[: min(cached, (index + 1) * SIZE)].tolist())
+                    assert index * SIZE >= cached or written[block][: len(held)] == held
+                    written[block] = tuple(prompt[: (index + 1) * SIZE].tolist())
                 private.update(blocks[(length - 1) // SIZE :])
                 taken = lease.take(extra)
                 assert not private & set(taken)
