@@ -2,24 +2,23 @@
 
     python -m benchmarks.serving [--data D --name NAME] [--rounds 8]
 
-Writes `benchmarks/serving/results.json`, the rows of other data sets kept, and `report.html` beside it.
+Writes `benchmarks/serving/results.json`, the rows of other data sets and machines kept, and `report.html`
+beside it.
 The checkpoint is trained first if it is not there (half an hour on two cores).
 """
 
 import argparse
-import json
 import os
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.serving.checkpoints import RUNS, quantised, trained_recommender
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.page import HERE, cost_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
-from models.atomic import write_json
 from models.checkpoint import read_recommender
 
 ONE, FEW, MANY = Case(1), Case(4), Case(16)
@@ -65,16 +64,9 @@ def main() -> None:
         "date": datetime.now(UTC).date().isoformat(),
     }
     found = rows(race, entries, reference="worker", facts=facts)
-    kept = [row for row in _earlier() if row["data"] != options.name]
-    write_json(HERE / "results.json", [*kept, *found])
+    keep_rows(HERE / "results.json", found, ("data", "hardware"))
     write_pages()
     print(cost_table(found).markdown())
-
-
-def _earlier() -> list[dict[str, Any]]:
-    path = HERE / "results.json"
-    found: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return found
 
 
 def _commit() -> str:

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.checkpoints import trained_recommender
+from benchmarks.serving.kept import keep_rows
 from models.atomic import new_directory, write_json
 from models.catalog import Catalog, make_catalog, write_catalog
 from models.checkpoint import Recommender, read_recommender
@@ -222,9 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         rows[items] |= {name: [one[name] for one in found] for name in found[0]}
     measured = latencies({items: read_recommender(directories[items]) for items in sizes}, options.requests)
     found = [rows[items] | measured[items] for items in sizes]
-    path = Path("benchmarks/serving/big_catalog.json")
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*(row for row in kept if row["model"] != model.name), *found])
+    keep_rows(Path("benchmarks/serving/big_catalog.json"), found, ("model",))
     for row in found:
         print(json.dumps(row), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

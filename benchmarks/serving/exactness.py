@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.inside import worker_of
-from models.atomic import write_json
+from benchmarks.serving.kept import keep_rows
+from loadtest.machine import processors
 from models.checkpoint import load_model, read_recommender
 from models.data import load_data
+from models.precision import served_dtype
 from models.search import SearchRequest, SearchResult, SearchSettings
 from models.transformers_engine import TransformersEngine
 from models.vllm_engine import open_engine
@@ -40,9 +42,7 @@ def main() -> None:
     parser.add_argument("--users", type=int, default=500)
     options = parser.parse_args()
     found = exactness(options.model, options.data, options.users)
-    path = Path("benchmarks/serving/exactness.json")
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*(row for row in rows if row["data"] != found["data"]), found])
+    keep_rows(Path("benchmarks/serving/exactness.json"), [found], ("data", "hardware"))
     print(json.dumps(found))
 
 
@@ -82,6 +82,8 @@ def exactness(model: Path, data: str, users: int) -> dict[str, Any]:
     return {
         "data": Path(data).name,
         "model": model.name,
+        "hardware": processors(),
+        "dtype": served_dtype("cpu"),
         "users": len(requests),
         "items": len(recommender.catalog),
         "branching_nodes": recommender.trie.num_nodes,

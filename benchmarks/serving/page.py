@@ -74,8 +74,9 @@ def _reading(row: Mapping[str, Any]) -> str:
 def exactness_table(rows: Rows) -> Table:
     """Return what certificates are worth."""
     names = (
-        "Data|Users|Items|Branching nodes|Flagged exact|Flag is right|Largest score difference|"
-        "Alone = in a batch|Returning = cold|Expansions p50/p95/max|Budget too small: overlap@10"
+        "Data|Machine|Precision|Users|Items|Branching nodes|Flagged exact|Flag is right|"
+        "Largest score difference|Alone = in a batch|Returning = cold|Expansions p50/p95/max|"
+        "Budget too small: overlap@10"
     )
     cells: list[list[str]] = [list(names.split("|"))]
     for row in rows:
@@ -84,6 +85,8 @@ def exactness_table(rows: Rows) -> Table:
         cells.append(
             [
                 row["data"],
+                row["hardware"],
+                row["dtype"],
                 str(row["users"]),
                 f"{row['items']:,}",
                 f"{row['branching_nodes']:,}",
@@ -136,11 +139,12 @@ def pruned_table(rows: Rows) -> Table:
 
 def settings_table(rows: Rows) -> Table:
     """Return what the search's settings are worth, beside the default."""
-    names = "Model|Variant|Clients|Requests|CPU ms/request|In the layers|Of the default|Forwards|Tokens run"
-    cells = [[*names.split("|"), "Nodes opened", "Exact"]]
-    for row in sorted(rows, key=lambda r: (r["model"], -r["clients"])):
+    names = "Machine|Model|Variant|Clients|Requests|CPU ms/request|In the layers|Of the default|Forwards"
+    cells = [[*names.split("|"), "Tokens run", "Nodes opened", "Exact"]]
+    for row in sorted(rows, key=lambda r: (r["hardware"], r["model"], -r["clients"])):
         cells.append(
             [
+                row["hardware"],
                 row["model"],
                 row["variant"],
                 str(row["clients"]),
@@ -155,8 +159,8 @@ def settings_table(rows: Rows) -> Table:
             ]
         )
     note = (
-        f"{rows[0]['hardware']}; one engine, the variants in turn on the same fresh prompts; the ratio is "
-        "the median over rounds. `python -m benchmarks.serving.settings`"
+        "One engine, the variants in turn on the same fresh prompts; the ratio is the median over rounds. "
+        "`python -m benchmarks.serving.settings`"
     )
     return Table("What the search's settings are worth", note, cells)
 
@@ -276,8 +280,12 @@ def precision_table(rows: Rows) -> Table:
     """Return what either precision costs."""
     names = "Machine|Model|Precision|Chosen there|Clients|Requests|CPU ms/request|Of bf16's|Overlap@10"
     cells = [names.split("|")]
-    cost = {(r["model"], r["clients"], r["contender"]): r["cpu_seconds_per_request"] for r in rows}
-    for row in sorted(rows, key=lambda r: (r["model"], r["clients"], r["contender"])):
+
+    def case(row: Mapping[str, Any]) -> tuple[str, str, int]:
+        return row["hardware"], row["model"], row["clients"]
+
+    bf16 = {case(row): row["cpu_seconds_per_request"] for row in rows if row["contender"] == "bfloat16"}
+    for row in sorted(rows, key=lambda row: (*case(row), row["contender"])):
         seconds = row["cpu_seconds_per_request"]
         cells.append(
             [
@@ -288,7 +296,7 @@ def precision_table(rows: Rows) -> Table:
                 str(row["clients"]),
                 str(row["requests"]),
                 f"{1e3 * seconds:.1f}",
-                f"{seconds / cost[row['model'], row['clients'], 'bfloat16']:.3f}",
+                f"{seconds / bf16[case(row)]:.3f}",
                 _share(row["overlap@10"]),
             ]
         )
@@ -325,7 +333,8 @@ def tables(folder: Path = HERE) -> list[Table]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     rows = read("results.json") or []
-    found = [cost_table([r for r in rows if r["data"] == d]) for d in dict.fromkeys(r["data"] for r in rows)]
+    races = dict.fromkeys((row["data"], row["hardware"]) for row in rows)
+    found = [cost_table([row for row in rows if (row["data"], row["hardware"]) == race]) for race in races]
     makers = (
         ("gpu.json", gpu_table),
         ("exactness.json", exactness_table),

@@ -3,7 +3,7 @@
     python -m benchmarks.serving.precision --model DIR --data D [--rounds 3] [--requests 16]
 
 CPUs without bf16 products (before AVX512-BF16 and AMX) emulate them; `serve` therefore chooses by the CPU.
-Keeps its rows in `benchmarks/serving/precision.json`, by model.
+Keeps its rows in `benchmarks/serving/precision.json`, by model and machine.
 """
 
 import argparse
@@ -11,11 +11,11 @@ import json
 from pathlib import Path
 
 from benchmarks.serving.checkpoints import RUNS
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.pruned import EXPANSIONS
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
-from models.atomic import write_json
 from models.checkpoint import read_recommender
 from models.precision import served_dtype
 
@@ -56,9 +56,7 @@ def main() -> None:
     }
     race = run_race(entries, options.rounds, RUNS / "logs")
     found = rows(race, entries, reference=served_dtype("cpu"), facts=facts)
-    kept = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else []
-    name = options.model.name
-    write_json(OUT, [*(row for row in kept if row["model"] != name), *found])
+    keep_rows(OUT, found, ("model", "hardware"))
     print(json.dumps(found, indent=1))
 
 

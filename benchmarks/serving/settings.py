@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.serving.inside import worker_of
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
 from models import vllm_engine
-from models.atomic import write_json
 from models.checkpoint import read_recommender
 from models.search import SearchRequest, SearchResult, SearchSettings
 
@@ -66,9 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     found = compare(options.model, options.data, options.rounds)
-    path = Path("benchmarks/serving/settings.json")
-    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    write_json(path, [*(row for row in rows if row["model"] != found[0]["model"]), *found])
+    keep_rows(Path("benchmarks/serving/settings.json"), found, ("model", "hardware"))
     print(json.dumps(found, indent=1))
 
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.serving import products, settings
 from benchmarks.serving.exactness import exactness
 from benchmarks.serving.floor import matrix_shapes, request_flops
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.page import cost_table, settings_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.service import throughput_kept
@@ -67,6 +68,30 @@ def test_throughput_kept_is_of_the_time_of_all_rounds() -> None:
     kept, (low, high) = throughput_kept(pairs)
     assert kept == pytest.approx(0.4 / 0.4)
     assert 0.5 <= low < kept < high <= 2.0
+
+
+def test_a_run_replaces_its_own_rows_alone(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    one = {"data": "a", "hardware": "one", "value": 1}
+    keep_rows(file, [one, one | {"value": 2}, one | {"data": "b"}], ("data", "hardware"))
+    keep_rows(file, [one | {"hardware": "other"}], ("data", "hardware"))
+    keep_rows(file, [one | {"value": 3}], ("data", "hardware"))
+    assert json.loads(file.read_text()) == [
+        one | {"data": "b"},
+        one | {"hardware": "other"},
+        one | {"value": 3},
+    ]
+
+
+def test_machines_are_not_mixed_in_a_race(tmp_path: Path) -> None:
+    rows = json.loads(Path("benchmarks/serving/results.json").read_text())
+    one = [row for row in rows if row["data"] == "ml-100k"][:4]
+    other = [row | {"hardware": "another machine"} for row in one]
+    (tmp_path / "results.json").write_text(json.dumps([*one, *other]))
+    write_pages(tmp_path)
+    page = (tmp_path / "README.md").read_text()
+    assert page.count("## What a recommendation costs: ml-100k") == 2
+    assert page.count("another machine") == 1
 
 
 def test_windows_are_real_histories_and_no_prompt_begins_another(tiny: tuple[Path, Path]) -> None:
