@@ -138,7 +138,7 @@ def plan_memory(
         history = min(history, options.max_model_len)
     token_bytes = 2 * kv_heads * head_dim * BYTES[options.dtype]
     return MemoryPlan(
-        weights=_weights(directory, options.dtype) + 4 * hidden * min(vocabulary, edges),
+        weights=weight_bytes(directory, options.dtype) + 4 * hidden * min(vocabulary, edges),
         kv_cache=kv_bytes,
         kv_tokens=kv_bytes // (block * token_bytes) * block,
         history_tokens=block * max(1, math.ceil(history / block)),
@@ -169,7 +169,8 @@ def _engine_options(arguments: Sequence[str], dtype: str) -> argparse.Namespace:
     return parser.parse_known_args(list(arguments))[0]
 
 
-def _weights(directory: Path, dtype: str) -> int:
+def weight_bytes(directory: Path, dtype: str) -> int:
+    """Return the bytes of a checkpoint's tensors as served: floats in `dtype`, integers as stored."""
     index = directory / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():

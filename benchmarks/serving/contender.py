@@ -31,15 +31,14 @@ class EngineContender:
     def __init__(
         self, directory: Path, kind: Any, max_expansions: int | None, arguments: Mapping[str, Any]
     ) -> None:
-        import torch
-
         from benchmarks.serving.inside import worker_of
+        from benchmarks.serving.practice import DEVICE
         from models.checkpoint import read_recommender
         from models.search import SearchSettings
         from models.vllm_engine import open_engine
 
         self.recommender = read_recommender(directory)
-        usual = SearchSettings.on("cuda" if torch.cuda.is_available() else "cpu")
+        usual = SearchSettings.on(DEVICE)
         settings = replace(usual, max_expansions=max_expansions) if max_expansions else None
         self.engine = open_engine(self.recommender, kind=kind, settings=settings, arguments=arguments)
         if self.engine.name != kind:

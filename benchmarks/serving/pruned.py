@@ -10,22 +10,20 @@ beside the time. Writes `benchmarks/serving/pruned.json`.
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from benchmarks.serving.checkpoints import RUNS, quantised
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
 from models.atomic import write_json
-from models.checkpoint import Recommender, read_recommender, read_safetensors_header, write_recommender
+from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.data import load_data
 from models.families import Shape, Traits, count_parameters, resized_config
 from models.precision import served_dtype
 from models.prompt import PromptConfig
+from serve.plan import weight_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -59,20 +57,12 @@ def main() -> None:
         r.directory.name: count_parameters(Shape.of(r.config), Traits.of(r.config)) for r in recommenders
     }
     for row in found:
-        row["weights_bytes"] = sum(map(_served_bytes, (RUNS / row["model"]).glob("*.safetensors")))
+        row["weights_bytes"] = weight_bytes(RUNS / row["model"], served_dtype("cpu"))
         answers = race.measured[row["contender"], Case(row["clients"])].answers.values()
         row["expansions"] = sum(answer["expansions"] for answer in answers) / len(answers)
         row["non_embedding"] = counts[row["model"]].non_embedding
     write_json(Path("benchmarks/serving/pruned.json"), found)
     print(json.dumps(found, indent=1))
-
-
-def _served_bytes(weights: Path) -> int:
-    """Return the bytes of a checkpoint's tensors as they are served: floats in the precision of serving, int8
-    as it is."""
-    tensors = read_safetensors_header(weights).values()
-    size = getattr(torch, served_dtype("cpu")).itemsize
-    return sum(math.prod(t["shape"]) * (1 if t["dtype"] == "I8" else size) for t in tensors)
 
 
 def _entry(recommender: Recommender, rounds: int) -> Entry:
