@@ -9,7 +9,7 @@ from models.trie import Trie
 
 CPU_KV_CACHE_BYTES = 512 * 2**20
 GPU_KV_CACHE_BYTES = 4 * 2**30
-# Only full blocks are shared, so small ones; these are the least the attention kernels take.
+# Prompts that part within a block share none of it, so small ones; these are the least the kernels take.
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 
 
@@ -39,4 +39,12 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the model."""
+        ...
+
+
+class ServingEngine(Engine, Protocol):
+    """An engine that tells what a request would cost, so that batches can be bounded."""
+
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        """Return for how many tokens of a prompt the KV is not there, as far as known while no batch runs."""
         ...

@@ -4,6 +4,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +13,20 @@ from models.errors import LeanRecError
 
 class OutOfBlocksError(LeanRecError):
     """The KV cache is too small for what was asked."""
+
+
+@dataclass(frozen=True)
+class _Match:
+    """What a pool has of a prompt."""
+
+    keys: list[bytes]
+    """of the prompt's full blocks, but the last token's"""
+    full: int
+    """how many of them are cached"""
+    end: tuple[bytes, ...]
+    """the key of the block after them, where it is an earlier prompt's last and goes on like this one"""
+    tokens: int
+    """cached, fewer than the prompt's: the last one's hidden state is what the caller wants"""
 
 
 class BlockPool:
@@ -40,6 +55,10 @@ class BlockPool:
     def num_cached(self) -> int:
         return len(self._cached)
 
+    def cached_tokens(self, tokens: np.ndarray) -> int:
+        """Return how many leading tokens of a prompt, int32 `[tokens]`, need not be computed."""
+        return self._match(_as_bytes(tokens)).tokens
+
     def forget(self) -> None:
         """Drop every cached prefix that no lease holds."""
         for key in [key for key in self._cached if key not in self._held]:
@@ -62,6 +81,19 @@ class BlockPool:
             self._free.extend(lease.private)
             self._held.clear()
             self._leased = False
+
+    def _match(self, data: bytes) -> _Match:
+        keys = _chain_keys(data, self.block_size)
+        full = 0
+        while full < len(keys) and keys[full] in self._cached:
+            full += 1
+        before, rest = keys[full - 1] if full else _BEGINNING, data[4 * self.block_size * full :]
+        for length in range(min(len(rest) // 4, self.block_size), 0, -1):
+            end = before + rest[: 4 * length]
+            if end in self._cached and end not in self._held:
+                tokens = self.block_size * full + length
+                return _Match(keys, full, (end,), min(tokens, len(data) // 4 - 1))
+        return _Match(keys, full, (), self.block_size * full)
 
     def _take(self, count: int) -> list[int]:
         if count > self.num_available:
@@ -116,52 +148,43 @@ class Lease:
         Raises:
             OutOfBlocksError: too few blocks are left; nothing was taken.
         """
-        pool, size = self._pool, self._pool.block_size
-        data = np.ascontiguousarray(tokens, np.int32).tobytes()
-        keys = _chain_keys(data, size)
-        matched = 0
-        while matched < len(keys) and keys[matched] in pool._cached:
-            matched += 1
-        blocks = [pool._cached[key] for key in keys[:matched]]
-        before, rest = keys[matched - 1] if matched else _BEGINNING, data[4 * size * matched :]
-        end, continued = self._earlier_end(before, rest)
-        newly_held = [key for key in (*keys[:matched], *end) if key not in pool._held]
+        pool, data = self._pool, _as_bytes(tokens)
+        match = pool._match(data)
+        keys, matched = match.keys, match.keys[: match.full]
+        blocks = [pool._cached[key] for key in matched]
+        newly_held = [key for key in (*matched, *match.end) if key not in pool._held]
         # Held before taking: eviction must not reach what was just matched.
         pool._held.update(newly_held)
-        for key in (*end, *reversed(keys[:matched])):  # the end of a chain is evicted before its beginning
+        for key in (*match.end, *reversed(matched)):  # the end of a chain is evicted before its beginning
             pool._cached.move_to_end(key)
         try:
-            taken = pool._take(-(-len(tokens) // size) - matched - len(end))
+            taken = pool._take(-(-len(tokens) // pool.block_size) - len(matched) - len(match.end))
         except OutOfBlocksError:
             pool._held.difference_update(newly_held)
             raise
         # The earlier prompt's last block is filled further: nobody else reads it.
-        pool._held.difference_update(end)
-        new = [pool._cached.pop(key) for key in end] + taken
-        fresh = [*keys[matched:], (keys[-1] if keys else _BEGINNING) + data[4 * size * len(keys) :]]
-        if fresh[-1] in pool._cached:
+        pool._held.difference_update(match.end)
+        new = [pool._cached.pop(key) for key in match.end] + taken
+        end = (keys[-1] if keys else _BEGINNING) + data[4 * pool.block_size * len(keys) :]
+        fresh = [*keys[match.full :], end]
+        if end in pool._cached:
             fresh.pop()  # the same prompt stands earlier in this batch
         for key, block in reversed(list(zip(fresh, new, strict=False))):
             pool._cached[key] = block
-        for key in reversed(keys[:matched]):
+        for key in reversed(matched):
             pool._cached.move_to_end(key)
         pool._held.update(fresh)
         self.new_keys += fresh
         self.private.update(new[len(fresh) :])
-        return blocks + new, min(matched * size + continued, len(tokens) - 1)
-
-    def _earlier_end(self, before: bytes, rest: bytes) -> tuple[list[bytes], int]:
-        """Return the key of a prompt's last block that these tokens continue, if any, and its tokens."""
-        pool = self._pool
-        for length in range(min(len(rest) // 4, pool.block_size), 0, -1):
-            key = before + rest[: 4 * length]
-            if key in pool._cached and key not in pool._held:
-                return [key], length
-        return [], 0
+        return blocks + new, match.tokens
 
 
 _BEGINNING = bytes(16)
 """Stands for the key of the block before the first."""
+
+
+def _as_bytes(tokens: np.ndarray) -> bytes:
+    return np.ascontiguousarray(tokens, np.int32).tobytes()
 
 
 def _chain_keys(data: bytes, block_size: int) -> list[bytes]:

@@ -49,6 +49,10 @@ class TransformersEngine:
         self.trie = trie
         self.refresh()
 
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        """Return the prompt's length: nothing is cached."""
+        return len(prompt)
+
     def close(self) -> None:
         """Release the model."""
         del self.model, self._head

@@ -5,8 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import numpy as np
+
 from models.checkpoint import Recommender
 from models.engine import Timings
+from models.kv_blocks import BlockPool
 from models.search import SearchRequest, SearchResult, SearchSettings
 from models.trie import Trie
 from models.vllm_model import (
@@ -97,6 +100,7 @@ class WorkerEngine:
         self.timings = Timings(0.0, 0.0)
         self._setup = setup
         self.use_trie(setup.trie)
+        self._pool: BlockPool = llm.collective_rpc("trie_search_pool")[0]
 
     @property
     def max_length(self) -> int:
@@ -112,6 +116,10 @@ class WorkerEngine:
         """Recommend from another catalogue from now on."""
         self._setup = replace(self._setup, trie=trie)
         self.llm.collective_rpc("trie_search_setup", args=(self._setup,))
+
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        """Return how many tokens of a prompt are not cached."""
+        return len(prompt) - self._pool.cached_tokens(np.asarray(prompt, np.int32))
 
     def recommend(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         """Return one result for each request.

@@ -46,6 +46,10 @@ class PoolingEngine:
         self._trie = trie
         self._head = ChildHead(self._head_weight, trie)
 
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        """Return the prompt's length: only vLLM's scheduler knows what is cached."""
+        return len(prompt)
+
     def recommend(self, requests: Sequence[SearchRequest]) -> list[SearchResult]:
         """Return one result for each request.
 

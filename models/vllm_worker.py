@@ -31,6 +31,10 @@ class TrieSearchExtension:
             self._trie_pool = BlockPool(self._trie_forward.num_blocks, self._trie_forward.block_size)
         self._trie_search = WorkerSearch(self._trie_forward, self._trie_pool, setup)
 
+    def trie_search_pool(self) -> BlockPool:
+        """Return what knows which prompts are cached."""
+        return self._trie_pool
+
     def trie_search_run(self, requests: Sequence[SearchRequest]) -> SearchOutcome:
         """Answer a batch."""
         return self._trie_search.run(requests)

@@ -1,17 +1,18 @@
 """One queue before one engine: what waits while a batch runs is the next batch."""
 
 import asyncio
+import itertools
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from models.engine import Engine
+from models.engine import ServingEngine
 from models.errors import LeanRecError
 from models.search import SearchRequest, SearchResult
 from serve.metrics import Metrics
@@ -21,18 +22,37 @@ from serve.shelf import Shelf
 logger = logging.getLogger(__name__)
 
 
+SEARCH_TOKENS = 64
+"""What a search runs beside its prompt, roughly: titles of ten tokens take 40, of many alike words 170."""
+
+
 @dataclass(frozen=True)
 class BatchLimits:
-    """A batch holds the event of its slowest request back, so it is bounded."""
+    """A batch holds its fastest request back, so it is bounded."""
 
-    requests: int = 8
-    prompt_tokens: int = 2400
+    requests: int = 16
+    tokens: int = 2000
+    """to compute, those of the searches too: eight histories of 20 films, or more of returning users"""
     waiting: int = 256
     """Requests that may wait; more are turned away with 503"""
     longest_wait_s: float = 10.0
     """In which a request is answered, or refused"""
     longest_batch_s: float = 60.0
     """An engine that takes longer is taken for hung"""
+
+    def take(self, prompt_tokens: Iterable[int]) -> int:
+        """Return how many requests make a batch: the first, and those after it that fit.
+
+        Args:
+            prompt_tokens: to compute for each request that waits, in order.
+        """
+        total = taken = 0
+        for tokens in itertools.islice(prompt_tokens, self.requests):
+            total += tokens + SEARCH_TOKENS
+            if taken and total > self.tokens:
+                break
+            taken += 1
+        return taken
 
 
 ADMITTED_SHARE = 0.5
@@ -78,7 +98,7 @@ class Batcher:
     """
 
     def __init__(
-        self, engine: Engine, shelf: Shelf, executor: Executor, limits: BatchLimits, metrics: Metrics
+        self, engine: ServingEngine, shelf: Shelf, executor: Executor, limits: BatchLimits, metrics: Metrics
     ) -> None:
         self._engine = engine
         self._shelf = shelf
@@ -218,17 +238,14 @@ class Batcher:
 
     def _next_batch(self) -> list[_Waiting]:
         """Take from the queue, in order, what fits one batch."""
-        batch: list[_Waiting] = []
-        tokens = 0
-        while self._queue and len(batch) < self._limits.requests:
-            waiting = self._queue[0]
-            tokens += len(waiting.search.prompt)
-            if batch and (tokens > self._limits.prompt_tokens or waiting.shelf is not batch[0].shelf):
-                break
-            self._queue.popleft()
+        # Those whose answer is there already, their client gone, are about to be taken out.
+        left = [waiting for waiting in self._queue if not waiting.answer.done()]
+        alike = list(itertools.takewhile(lambda waiting: waiting.shelf is left[0].shelf, left))
+        count = self._limits.take(self._engine.tokens_to_compute(waiting.search.prompt) for waiting in alike)
+        batch = alike[:count]
+        for waiting in batch:
             waiting.is_queued = False
-            if not waiting.answer.done():  # else it is about to be taken out
-                batch.append(waiting)
+            self._queue.remove(waiting)
         self._metrics.waiting.set(len(self._queue))
         return batch
 

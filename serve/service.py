@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from models.catalog import Catalog, read_catalog
 from models.checkpoint import Recommender
-from models.engine import Engine
+from models.engine import ServingEngine
 from models.errors import LeanRecError
 from models.families import Shape, config_parameters
 from models.golden import Golden
@@ -48,7 +48,7 @@ class Loaded:
     """A recommender in an engine."""
 
     recommender: Recommender
-    engine: Engine
+    engine: ServingEngine
     kind: Literal["worker", "pooling", "transformers"]
     dtype: str
     max_length: int

@@ -25,9 +25,6 @@ KV_CACHE_BYTES = 512 * 2**20
 class EngineContender:
     """Our own search, inside vLLM's worker or on its pooling API."""
 
-    batch = 8
-    """What the service's batcher puts together at most."""
-
     def __init__(
         self, directory: Path, kind: Any, max_expansions: int | None, arguments: Mapping[str, Any]
     ) -> None:
@@ -56,6 +53,12 @@ class EngineContender:
             return run(queries, *others)
 
         self.forward.run = counted
+
+    def takes(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many of those that wait make the next batch, as in the service."""
+        from serve.batching import BatchLimits
+
+        return BatchLimits().take(map(self.engine.tokens_to_compute, prompts))
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Answer one batch."""
@@ -115,16 +118,16 @@ def closed_loop(
     Each client asks again as soon as it is answered; what waits is answered in batches, oldest first.
 
     Args:
-        most: Requests in the largest batch; None for the contender's own.
+        most: Requests in the largest batch; None where the contender bounds its batches.
     """
-    most = most or contender.batch
     answers: list[Answer] = []
     latencies: list[float] = []
     left = deque(prompts)
     now = time.perf_counter()
     waiting = deque((left.popleft(), now) for _ in range(min(clients, len(left))))
     while waiting:
-        batch = [waiting.popleft() for _ in range(min(most, len(waiting)))]
+        count = min(most, len(waiting)) if most else contender.takes([prompt for prompt, _ in waiting])
+        batch = [waiting.popleft() for _ in range(count)]
         answers += contender.answer([prompt for prompt, _ in batch])
         now = time.perf_counter()
         latencies += [now - asked for _, asked in batch]

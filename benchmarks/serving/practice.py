@@ -40,8 +40,6 @@ def end_token(recommender: Recommender) -> int:
 class GenerateContender:
     """`transformers`: 20 beams, a prefix function over a trie of dictionaries, scores renormalised."""
 
-    batch = 8
-
     def __init__(self, recommender: Recommender) -> None:
         self._model = load_model(recommender, getattr(torch, served_dtype(DEVICE)), DEVICE).eval()
         self._end = end_token(recommender)
@@ -54,6 +52,10 @@ class GenerateContender:
             for token in tokens:
                 node = node.setdefault(token, {})
         self._longest = max(map(len, self._rows))
+
+    def takes(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many of those that wait make the next batch."""
+        return min(8, len(prompts))
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
@@ -92,8 +94,6 @@ class GenerateContender:
 class BeamSearchContender:
     """vLLM's `LLM.beam_search` with 20 beams: it knows no catalogue."""
 
-    batch = 16
-
     def __init__(self, recommender: Recommender, llm: Any) -> None:
         from vllm.sampling_params import BeamSearchParams
 
@@ -104,6 +104,10 @@ class BeamSearchContender:
         self._rows = {title[:-1]: row for row, title in enumerate(titles)}
         self._end = end
         self._parameters = BeamSearchParams(beam_width=BEAMS, max_tokens=max(map(len, titles)))
+
+    def takes(self, prompts: Sequence[Sequence[int]]) -> int:
+        """Return how many of those that wait make the next batch: vLLM schedules them itself."""
+        return len(prompts)
 
     def answer(self, prompts: Sequence[Sequence[int]]) -> list[Answer]:
         """Generate for one batch."""
@@ -124,8 +128,6 @@ class AsyncLoopContender:
     It skips forced tokens and lets vLLM's prefix cache keep what beams share; without either it is
     several times slower still.
     """
-
-    batch = 16
 
     def __init__(self, recommender: Recommender, arguments: dict[str, Any]) -> None:
         from vllm.engine.arg_utils import AsyncEngineArgs

@@ -108,7 +108,7 @@ def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
         lag = _event_loop_lag(url)
     kept, interval = throughput_kept(pairs)
     batched = 1 / float(np.median([pair["service_requests_per_second"] for pair in pairs]))
-    most = BatchLimits().requests
+    most = BatchLimits().take(map(len, workload.fresh[:CLIENTS]))
     line = latency_quantiles(BatchCost.between(alone, batched, most), most=most, load=LOAD)
     quantiles = {f"p{q}": 1e3 * float(np.quantile(latencies, q / 100)) for q in (50, 95, 99)}
     return {

@@ -157,6 +157,8 @@ def test_of_a_returning_user_only_the_new_title_is_computed(bench: Bench) -> Non
     cold = bench.engine.recommend(grown)
     bench.search.pool.forget()
     bench.engine.recommend(earlier)
+    added = [len(one.prompt) - len(other.prompt) for one, other in zip(grown, earlier, strict=True)]
+    assert [bench.engine.tokens_to_compute(request.prompt) for request in grown] == added
     assert_same(bench.engine.recommend(grown), cold)
     assert bench.engine.timings.cached_tokens == sum(len(request.prompt) for request in earlier)
 

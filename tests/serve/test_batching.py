@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from models.engine import Timings
 from models.search import SearchRequest, SearchResult
-from serve.batching import Batcher, BatchLimits
+from serve.batching import SEARCH_TOKENS, Batcher, BatchLimits
 from serve.metrics import LoopLag, Metrics
 from serve.problems import ServiceProblem
 from serve.shelf import Shelf
@@ -29,6 +29,9 @@ class Stepped:
         self.tries: list[object] = []
         self.begun = threading.Semaphore(0)
         self.go_on = threading.Semaphore(0)
+
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        return prompt.count(1)
 
     def use_trie(self, trie: object) -> None:
         self.tries.append(trie)
@@ -92,7 +95,7 @@ def test_what_comes_while_a_batch_runs_is_in_the_first_with_room(limit: int, wai
     """Batches are full, in order of arrival: with fewer than a batch ahead, one waits for one batch only."""
 
     async def scenario() -> None:
-        async with batching(BatchLimits(requests=limit, prompt_tokens=10_000)) as (batcher, engine):
+        async with batching(BatchLimits(requests=limit)) as (batcher, engine):
             tasks = [await queued(batcher, request(1000))]
             await begun(engine)
             tasks += [await queued(batcher, request(n)) for n in range(1, waiting + 1)]
@@ -113,15 +116,32 @@ def test_what_comes_while_a_batch_runs_is_in_the_first_with_room(limit: int, wai
 
 def test_long_prompts_bound_a_batch_too() -> None:
     async def scenario() -> None:
-        async with batching(BatchLimits(requests=8, prompt_tokens=100)) as (batcher, engine):
+        limits = BatchLimits(requests=8, tokens=100 + 2 * SEARCH_TOKENS)
+        async with batching(limits) as (batcher, engine):
             tasks = [await queued(batcher, request(1000))]
             await begun(engine)
-            for name, tokens in enumerate([60, 40, 1, 500, 30, 30], start=1):
+            for name, tokens in enumerate([60, 40, 90, 500, 30, 30], start=1):
                 tasks.append(await queued(batcher, request(name, tokens)))
             engine.go_on.release(100)
             await asyncio.gather(*tasks)
             # One alone may be longer than the bound.
             assert engine.batches[1:] == [[1, 2], [3], [4], [5, 6]]
+
+    asyncio.run(scenario())
+
+
+def test_what_is_cached_takes_no_room_in_a_batch() -> None:
+    async def scenario() -> None:
+        limits = BatchLimits(requests=5, tokens=100 + 4 * SEARCH_TOKENS)
+        async with batching(limits) as (batcher, engine):
+            tasks = [await queued(batcher, request(1000))]
+            await begun(engine)
+            for name, (cached, new) in enumerate([(500, 60), (10, 40), (500, 0), (0, 50), (0, 60)], start=1):
+                returning = SearchRequest(prompt=[0] * cached + [1] * new, k=name)
+                tasks.append(await queued(batcher, returning))
+            engine.go_on.release(100)
+            await asyncio.gather(*tasks)
+            assert engine.batches[1:] == [[1, 2, 3], [4, 5]]
 
     asyncio.run(scenario())
 

@@ -33,6 +33,9 @@ class Gate:
     def timings(self):
         return self.engine.timings
 
+    def tokens_to_compute(self, prompt: Sequence[int]) -> int:
+        return self.engine.tokens_to_compute(prompt)
+
     def use_trie(self, trie: object) -> None:
         self.engine.use_trie(trie)
 
