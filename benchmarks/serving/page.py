@@ -220,7 +220,8 @@ def service_table(found: Mapping[str, Any]) -> Table:
         ["Longest lag of the event loop", f"{found['event_loop_lag_ms']:.0f} ms"],
         ["Idle CPU, of one core", f"{found['idle_cpu']:.1%}"],
     ]
-    return Table("Over HTTP", "`python -m benchmarks.serving.service`", cells)
+    note = f"{found['hardware']}; `{found['model']}`. `python -m benchmarks.serving.service`"
+    return Table("Over HTTP", note, cells)
 
 
 def profile_table(found: Mapping[str, Any]) -> Table:
