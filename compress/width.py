@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from compress.calibrate import (
     reference_scores,
 )
 from compress.heads import KeptHeads, choose_heads
+from compress.learned_projection import learn_projection
 from compress.method import Method
 from compress.rebuild import EMBEDDING, rebuild
 from compress.repair import refit_columns
@@ -69,6 +71,17 @@ def prune_width(
                 name: fit_readers(teacher, batches, trie, basis, refit=method.repair)
                 for name, basis in bases.items()
             }
+        if "learned" in method.hidden:
+            start = "pca"
+            bases["learned"], readers["learned"] = learn_projection(
+                narrowed(teacher.config, config, tensors, bases[start], readers[start]),
+                partial(narrowed_tensors, teacher.config, config, tensors),
+                basis=bases[start],
+                readers=readers[start],
+                batches=batches,
+                valid=valid,
+                reference=reference,
+            )
         model, kl = None, float("inf")
         for name, basis in bases.items():
             candidate = narrowed(teacher.config, config, tensors, basis, readers[name])
@@ -165,7 +178,19 @@ def narrowed(
     basis: Tensor,
     readers: Readers,
 ) -> PreTrainedModel:
-    """Return a model whose stream is written in the basis.
+    """Return a model whose stream is written in the basis; as `narrowed_tensors`."""
+    made = narrowed_tensors(original, config, tensors, basis, readers)
+    return rebuild(config, made)
+
+
+def narrowed_tensors(
+    original: PretrainedConfig,
+    config: PretrainedConfig,
+    tensors: dict[str, Tensor],
+    basis: Tensor,
+    readers: Readers,
+) -> dict[str, Tensor]:
+    """Return the tensors of a model whose stream is written in the basis.
 
     Args:
         original: of the model the tensors come from.
@@ -188,11 +213,11 @@ def narrowed(
         """Let an output, weight and bias, land in the basis."""
         for part in (f"{name}.weight", f"{name}.bias"):
             if part in result:
-                keep(part, basis.T @ result[part].double())
+                keep(part, basis.T @ result[part].to(basis.dtype))
 
     def read(name: str, norm: str, reader_basis: Tensor, scale: float = 1.0) -> None:
         """Let an input come from the basis, the norm's weight folded in."""
-        folded = result[f"{name}.weight"].double() * tensors[f"{norm}.weight"] * scale
+        folded = result[f"{name}.weight"].to(basis.dtype) * tensors[f"{norm}.weight"] * scale
         keep(f"{name}.weight", folded @ reader_basis)
 
     for n in range(config.num_hidden_layers):
@@ -211,5 +236,5 @@ def narrowed(
     else:
         read("lm_head", "model.norm", readers.bases[-1])
         keep("model.norm.weight", level)
-    keep(EMBEDDING, result[EMBEDDING].double() @ basis)
-    return rebuild(config, result)
+    keep(EMBEDDING, result[EMBEDDING].to(basis.dtype) @ basis)
+    return result
