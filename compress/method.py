@@ -14,7 +14,7 @@ from models.families import Shape
 from models.losses import ValidTokens
 
 Scores = Literal["fisher", "prunerec"]
-Basis = Literal["pca", "channels", "learned"]
+Basis = Literal["pca", "channels"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -120,7 +120,6 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
         job.target,
         cuts=tuple(stage.cuts for stage in recipe.stages),
         shape=recipe.shape,
-        choice=recipe.shape_choice,
         int8=job.quantize != "none",
     )
     data = inputs.aligned(load_data(_data_spec(job, full)), full.catalog)

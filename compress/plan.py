@@ -145,14 +145,12 @@ def make_plan(
     cuts: Sequence[tuple[str, ...]] = THREE_CUTS,
     shape: Literal["all", "width", "depth"] = "all",
     int8: bool = False,
-    choice: int = 0,
 ) -> Plan:
     """Return the shapes whose last has at most the target's parameters and at most 1 % fewer.
 
     Args:
         cuts: what each stage cuts; `halving` once for each time the layers are halved on the way.
         shape: `width` keeps every layer; `depth` keeps the hidden size, and of heads and MLP what fits.
-        choice: of the shapes that differ in layers or hidden size, the best comes first.
         int8: take a shape whose matrices all load in int8 wherever vLLM runs, where there is one.
 
     Among all that fit, the one nearest to what keeps quality and speed: layers and width cut in the
@@ -184,9 +182,7 @@ def make_plan(
     if int8:
         fitting = [found for found in fitting if shape_loads_in_int8(found)] or fitting
     ideal_layers = max(full.num_layers * (budget / full_count) ** DEPTH_SHARE, min(2, full.num_layers))
-    ranked = sorted(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
-    different = {(found.num_layers, found.hidden_size): found for found in reversed(ranked)}
-    final = sorted(different.values(), key=ranked.index)[choice]
+    final = min(fitting, key=lambda shape: (_cost(shape, full, ideal_layers), _order(shape)))
     staged = list(_shapes(full, final, cuts))
     return Plan(
         target_text=target_text.strip(),

@@ -52,8 +52,6 @@ class Recipe:
     stages: tuple[Stage, ...] = THREE_STAGES
     shape: Literal["all", "width", "depth"] = "all"
     """what the plan may cut: `width` keeps every layer, `depth` the hidden size"""
-    shape_choice: int = 0
-    """0 for the plan's best shape, 1 for the next that differs in layers or hidden size"""
     method: Method = field(default_factory=Method)
     layers_by: Literal["kl", "perplexity"] = "kl"
     """what the removal of a layer is judged by"""

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from compress.calibrate import (
     reference_scores,
 )
 from compress.heads import KeptHeads, choose_heads
-from compress.learned_projection import learn_projection
 from compress.method import Method
 from compress.rebuild import EMBEDDING, rebuild
 from compress.repair import refit_columns
@@ -71,17 +69,6 @@ def prune_width(
                 name: fit_readers(teacher, batches, trie, basis, refit=method.repair)
                 for name, basis in bases.items()
             }
-        if "learned" in method.hidden:
-            start = "pca"
-            bases["learned"], readers["learned"] = learn_projection(
-                narrowed(teacher.config, config, tensors, bases[start], readers[start]),
-                partial(narrowed_tensors, teacher.config, config, tensors),
-                basis=bases[start],
-                readers=readers[start],
-                batches=batches,
-                valid=valid,
-                reference=reference,
-            )
         model, kl = None, float("inf")
         for name, basis in bases.items():
             candidate = narrowed(teacher.config, config, tensors, basis, readers[name])
@@ -178,19 +165,7 @@ def narrowed(
     basis: Tensor,
     readers: Readers,
 ) -> PreTrainedModel:
-    """Return a model whose stream is written in the basis; as `narrowed_tensors`."""
-    made = narrowed_tensors(original, config, tensors, basis, readers)
-    return rebuild(config, made)
-
-
-def narrowed_tensors(
-    original: PretrainedConfig,
-    config: PretrainedConfig,
-    tensors: dict[str, Tensor],
-    basis: Tensor,
-    readers: Readers,
-) -> dict[str, Tensor]:
-    """Return the tensors of a model whose stream is written in the basis.
+    """Return a model whose stream is written in the basis.
 
     Args:
         original: of the model the tensors come from.
@@ -213,11 +188,11 @@ def narrowed_tensors(
         """Let an output, weight and bias, land in the basis."""
         for part in (f"{name}.weight", f"{name}.bias"):
             if part in result:
-                keep(part, basis.T @ result[part].to(basis.dtype))
+                keep(part, basis.T @ result[part].double())
 
     def read(name: str, norm: str, reader_basis: Tensor, scale: float = 1.0) -> None:
         """Let an input come from the basis, the norm's weight folded in."""
-        folded = result[f"{name}.weight"].to(basis.dtype) * tensors[f"{norm}.weight"] * scale
+        folded = result[f"{name}.weight"].double() * tensors[f"{norm}.weight"] * scale
         keep(f"{name}.weight", folded @ reader_basis)
 
     for n in range(config.num_hidden_layers):
@@ -236,5 +211,5 @@ def narrowed_tensors(
     else:
         read("lm_head", "model.norm", readers.bases[-1])
         keep("model.norm.weight", level)
-    keep(EMBEDDING, result[EMBEDDING].to(basis.dtype) @ basis)
-    return result
+    keep(EMBEDDING, result[EMBEDDING].double() @ basis)
+    return rebuild(config, result)
