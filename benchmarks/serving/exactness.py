@@ -4,7 +4,8 @@
 
 Prints a JSON row and keeps it in `benchmarks/serving/exactness.json`. The full ranking scores every item
 through the same layers, without any bound. The models are of `benchmarks.serving.checkpoints`; that of
-Amazon's CDs, `cds`, was trained with `--epochs 5`.
+Amazon's CDs, `cds`, was trained with `--epochs 5`. Those that end in `-demo` are of `finetune --base demo
+--epochs 2`, and `full` is the demonstration's.
 """
 
 import argparse

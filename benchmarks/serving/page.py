@@ -74,7 +74,7 @@ def _reading(row: Mapping[str, Any]) -> str:
 def exactness_table(rows: Rows) -> Table:
     """Return what certificates are worth."""
     names = (
-        "Data|Machine|Precision|Users|Items|Branching nodes|Flagged exact|Flag is right|"
+        "Data|Model|Machine|Precision|Users|Items|Branching nodes|Flagged exact|Flag is right|"
         "Largest score difference|Alone = in a batch|Returning = cold|Expansions p50/p95/max|"
         "Budget too small: overlap@10"
     )
@@ -85,6 +85,7 @@ def exactness_table(rows: Rows) -> Table:
         cells.append(
             [
                 row["data"],
+                row["model"],
                 row["hardware"],
                 row["dtype"],
                 str(row["users"]),
