@@ -38,7 +38,7 @@ class SearchSettings:
     subtree: int = 1
     """A node opened with all its descendants when there are at most so many: fewer, larger steps. Most of the
     descendants would never be opened, and a CPU pays for them."""
-    max_expansions: int = 128
+    max_expansions: int = 160
     """Nodes chosen for up to ten items of the whole catalogue; `budget` has the rest. Descendants opened with
     them do not count: large steps must not end a search sooner."""
 
