@@ -184,7 +184,7 @@ class Batcher:
             waiting.answer.set_exception(unavailable(detail, max(1, math.ceil(self.expected_wait_s))))
 
     def _forget(self, waiting: _Waiting) -> None:
-        """Take out of the queue what is not to be computed any more."""
+        """Take a request out of the queue, if it still waits: it runs, or nobody wants it any more."""
         if waiting.is_queued:
             waiting.is_queued = False
             self._queue.remove(waiting)
@@ -244,9 +244,7 @@ class Batcher:
         count = self._limits.take(self._engine.tokens_to_compute(waiting.search.prompt) for waiting in alike)
         batch = alike[:count]
         for waiting in batch:
-            waiting.is_queued = False
-            self._queue.remove(waiting)
-        self._metrics.waiting.set(len(self._queue))
+            self._forget(waiting)
         return batch
 
     def _answer_in_thread(self, batch: list[_Waiting]) -> list[Answered | Exception]:

@@ -114,36 +114,36 @@ def test_what_comes_while_a_batch_runs_is_in_the_first_with_room(limit: int, wai
     asyncio.run(scenario())
 
 
-def test_long_prompts_bound_a_batch_too() -> None:
-    async def scenario() -> None:
-        limits = BatchLimits(requests=8, tokens=100 + 2 * SEARCH_TOKENS)
+def batches_of(limits: BatchLimits, waiting: Sequence[SearchRequest]) -> list[list[int]]:
+    """Return the batches made of requests that all came while another ran."""
+
+    async def scenario() -> list[list[int]]:
         async with batching(limits) as (batcher, engine):
             tasks = [await queued(batcher, request(1000))]
             await begun(engine)
-            for name, tokens in enumerate([60, 40, 90, 500, 30, 30], start=1):
-                tasks.append(await queued(batcher, request(name, tokens)))
+            tasks += [await queued(batcher, each) for each in waiting]
             engine.go_on.release(100)
             await asyncio.gather(*tasks)
-            # One alone may be longer than the bound.
-            assert engine.batches[1:] == [[1, 2], [3], [4], [5, 6]]
+            return engine.batches[1:]
 
-    asyncio.run(scenario())
+    return asyncio.run(scenario())
+
+
+def test_long_prompts_bound_a_batch_too() -> None:
+    lengths = [60, 40, 90, 500, 30, 30]
+    limits = BatchLimits(requests=8, tokens=100 + 2 * SEARCH_TOKENS)
+    found = batches_of(limits, [request(name, tokens) for name, tokens in enumerate(lengths, start=1)])
+    assert found == [[1, 2], [3], [4], [5, 6]]  # one alone may be longer than the bound
 
 
 def test_what_is_cached_takes_no_room_in_a_batch() -> None:
-    async def scenario() -> None:
-        limits = BatchLimits(requests=5, tokens=100 + 4 * SEARCH_TOKENS)
-        async with batching(limits) as (batcher, engine):
-            tasks = [await queued(batcher, request(1000))]
-            await begun(engine)
-            for name, (cached, new) in enumerate([(500, 60), (10, 40), (500, 0), (0, 50), (0, 60)], start=1):
-                returning = SearchRequest(prompt=[0] * cached + [1] * new, k=name)
-                tasks.append(await queued(batcher, returning))
-            engine.go_on.release(100)
-            await asyncio.gather(*tasks)
-            assert engine.batches[1:] == [[1, 2, 3], [4, 5]]
-
-    asyncio.run(scenario())
+    cached_and_new = [(500, 60), (10, 40), (500, 0), (0, 50), (0, 60)]
+    limits = BatchLimits(requests=5, tokens=100 + 4 * SEARCH_TOKENS)
+    returning = [
+        SearchRequest(prompt=[0] * cached + [1] * new, k=name)
+        for name, (cached, new) in enumerate(cached_and_new, start=1)
+    ]
+    assert batches_of(limits, returning) == [[1, 2, 3], [4, 5]]
 
 
 def test_catalogues_never_share_a_batch_and_the_engine_changes_once() -> None:
