@@ -1,9 +1,9 @@
 """vLLM's Llama-like models on a CPU with fewer passes over memory: same weights, KV cache and attention.
 
-Three things make it faster than vLLM's own layers. The activation rides on its matrix product. Matrix shapes
-are rounded up, so that few kernels are ever generated: a new row count costs about a millisecond, and a trie
-search asks for a new one at every step. And the last attention and what follows compute only the rows whose
-hidden state is wanted: of a prompt, one.
+Three things make it faster than vLLM's own layers. Kernels are called without layers of dispatch. Matrix
+shapes are rounded up, so that few kernels are ever generated: a new row count costs about a millisecond, and
+a trie search asks for a new one at every step. And the last attention and what follows compute only the rows
+whose hidden state is wanted: of a prompt, one.
 
 Every row's result is independent of the rows beside it, to the bit, so answers do not depend on the batch.
 """
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from models.vllm_attention import CpuAttention, Norm
-from models.vllm_products import Int8Products, PackedProducts, Products, is_w8a8, linears
+from models.vllm_products import FloatProducts, Int8Products, Products, is_w8a8, linears
 from models.vllm_rows import padded_rows
 
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -47,7 +47,7 @@ def obstacle(model_runner: Any) -> str | None:
             model_runner.vllm_config.quant_config is not None
             and not all(map(is_w8a8, getattr(body, "layers", ())))
         ),
-        "this PyTorch has no oneDNN": not torch.backends.mkldnn.is_available(),
+        "this vLLM has no oneDNN products": not hasattr(torch.ops._C, "create_onednn_mm_handler"),
         f"the precision is {dtype}": dtype not in (torch.bfloat16, torch.float32),
         "this CPU has no bf16 products": (
             dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -86,7 +86,7 @@ class FusedModel:
                 attention=None if layer.self_attn is None else CpuAttention(layer.self_attn),
                 group=0 if layer.self_attn is None else groups[layer.self_attn.attn.layer_name],
                 products=(
-                    PackedProducts(index, tensors, dtype, max_tokens) if self._packed else Int8Products(layer)
+                    FloatProducts(index, tensors, dtype, max_tokens) if self._packed else Int8Products(layer)
                 ),
                 input_norm=None if layer.self_attn is None else Norm(layer.input_layernorm),
                 mlp_norm=None if layer.mlp is None else Norm(layer.post_attention_layernorm),

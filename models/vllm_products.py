@@ -30,26 +30,34 @@ class Products(Protocol):
         ...
 
 
+KERNELS = 64
+"""Row counts whose kernels a matrix keeps: all that `padded_rows` gives up to 1,000 rows."""
+
 Form = Literal["none", "swish"]
-"""What rides on a product: nothing, or the activation. Gate and residual could too: 2 to 8 % less for the
-products alone (`benchmarks.serving.products`), no difference seen in whole requests, and more code."""
+"""What follows a product in place: nothing, or the activation."""
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """One matrix as oneDNN wants it."""
+    """One matrix as oneDNN wants it, behind vLLM's function, which keeps the kernels it has found.
 
-    weight: torch.Tensor
+    PyTorch's looks for one at every call, 30 to 40 us; that its activation rides on the product makes up for
+    a part of it only in large products (`benchmarks.serving.products`).
+    """
+
+    handler: Any
     bias: torch.Tensor | None
     form: Form
     rows: RowRange
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise.default(hidden, self.weight, self.bias, self.form, [], "")
+        out = hidden.new_empty(len(hidden), self.handler.n)
+        torch.ops._C.onednn_mm.default(out, hidden, self.bias, self.handler.handler_tensor)
+        return F.silu(out, inplace=True) if self.form == "swish" else out
 
 
-class PackedProducts:
-    """The activation rides on its product, as oneDNN's post-operation."""
+class FloatProducts:
+    """Weights in bf16 or fp32."""
 
     def __init__(
         self, layer: int, tensors: Callable[[str], torch.Tensor | None], dtype: torch.dtype, most_rows: int
@@ -67,12 +75,8 @@ class PackedProducts:
             biases = [
                 bias for name in names if (bias := tensors(f"model.layers.{layer}.{name}.bias")) is not None
             ]
-            return _Packed(
-                _reordered(matrix),
-                torch.cat(biases).to(dtype) if biases else None,
-                form,
-                _rows(form, matrix.shape, dtype, bool(biases), most_rows),
-            )
+            rows = _rows(form, matrix.shape, dtype, bool(biases), most_rows)
+            return _packed(matrix, torch.cat(biases).to(dtype) if biases else None, form, rows)
 
         self._qkv = read("none", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._output = read("none", "self_attn.o_proj")
@@ -144,8 +148,10 @@ def _product(matrix: _Packed | None, hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat([matrix(hidden[part]) for part in matrix.rows.pieces(rows)])
 
 
-def _reordered(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix, 256)
+def _packed(weight: torch.Tensor, bias: torch.Tensor | None, form: Form, rows: RowRange) -> _Packed:
+    from vllm import _custom_ops
+
+    return _Packed(_custom_ops.create_onednn_mm(weight.t(), KERNELS), bias, form, rows)
 
 
 @lru_cache
@@ -154,8 +160,7 @@ def _rows(form: Form, shape: torch.Size, dtype: torch.dtype, biased: bool, most:
     out, width = shape
 
     def product(weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        bias = weight.new_zeros(out) if biased else None
-        return _Packed(_reordered(weight), bias, form, RowRange(1, most))
+        return _packed(weight, weight.new_zeros(out) if biased else None, form, RowRange(1, most))
 
     return steady_rows(product, width, out, dtype, most)
 

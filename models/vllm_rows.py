@@ -15,7 +15,7 @@ LARGEST_LEAST = 40
 """Rows that a smaller product may be filled up to"""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""Of hidden states `[rows, in]`, with weight, bias and what rides on it in place: `[rows, out]`"""
+"""Of hidden states `[rows, in]`, with weight, bias and activation in place: `[rows, out]`"""
 
 
 @dataclass(frozen=True)

@@ -178,29 +178,36 @@ def _waiting(line: Mapping[str, float]) -> list[list[str]]:
 
 
 def products_table(rows: Rows) -> Table:
-    """Return what a forward's products take, by their rows."""
+    """Return what a forward's products take, by machine and rows."""
     names = (
-        "Rows|Products alone ms|GFLOP/s|Of the rate of 512 rows|As they run ms|Gate and residual in oneDNN"
+        "Machine|Rows|Products alone ms|GFLOP/s|Of the rate of 512 rows|In PyTorch ms"
+        "|Gate and residual in oneDNN too|As served"
     )
     cells = [names.split("|")]
     for row in rows:
-        taken = row["milliseconds"]
+        taken, of_pytorch = row["milliseconds"], row["of_pytorch"]
         cells.append(
             [
+                row["hardware"],
                 str(row["rows"]),
                 f"{taken['alone']:.2f}",
                 f"{row['gflops']:.0f}",
                 f"{row['of_full_rate']:.0%}",
-                f"{taken['passes']:.2f}",
-                f"{row['post_operations']:.2f}x",
+                f"{taken['pytorch']:.2f}",
+                f"{of_pytorch['post-operations']:.2f}x",
+                f"{of_pytorch['served']:.2f}x" if "served" in of_pytorch else "not measured",
             ]
         )
-    first = rows[0]
+    read = "; ".join(
+        f"{row['layers']} layers of {row['weight_bytes'] / 1e6:.0f} MB in all, read once in "
+        f"{row['read_milliseconds']:.1f} ms on {row['hardware']}"
+        for row in {row["hardware"]: row for row in rows}.values()
+    )
     note = (
-        f"{first['hardware']}; {first['layers']} layers of {first['weight_bytes'] / 1e6:.0f} MB in all, read "
-        f"once in {first['read_milliseconds']:.1f} ms; medians of {first['turns']} turns. As they run: the "
-        "activation in its product, gate and residual in passes of their own; the last column is against it. "
-        "A step of a lone request has some twenty rows. `python -m benchmarks.serving.products`"
+        f"{read}; medians of {rows[0]['turns']} turns. In PyTorch: the activation in its product, gate and "
+        "residual in passes of their own; the last two columns are against it. As served: vLLM's function, "
+        "everything else in passes. A step of a lone request has some twenty rows. "
+        "`python -m benchmarks.serving.products`"
     )
     return Table("What the products cost by their rows", note, cells)
 

@@ -1,10 +1,10 @@
-"""What the layers' matrix products take by the number of rows, and what rides on them: no model, no search.
+"""What the layers' matrix products take by the number of rows, and by whom they are run: no model, no search.
 
     OMP_NUM_THREADS=1 python -m benchmarks.serving.products
 
-For the shape that the race serves. Weights of all layers take turns, so they come from beyond the core's own
-cache, as in a forward; forms take turns too, so that all meet the same machine. Prints rows and keeps them in
-`benchmarks/serving/products.json`.
+For the shape that the race serves, in the precision of this machine. Weights of all layers take turns, so
+they come from beyond the core's own cache, as in a forward; forms take turns too, so that all meet the same
+machine. Prints rows and keeps them in `benchmarks/serving/products.json`, beside those of other machines.
 """
 
 import json
@@ -20,9 +20,12 @@ from transformers import PreTrainedConfig
 
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.floor import RATE_TOKENS, matrix_shapes, read_rates, weight_bytes
+from benchmarks.serving.kept import keep_rows
 from loadtest.machine import describe_versions, processors
-from models.atomic import write_json
 from models.checkpoint import read_recommender
+from models.precision import served_dtype
+from models.vllm_model import import_vllm
+from models.vllm_products import FloatProducts
 
 ROWS = (4, 16, 32, 64, 128, 256, 512, 608)
 TURNS = 60
@@ -32,13 +35,14 @@ linear_with = torch.ops.mkldnn._linear_pointwise.binary
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer's packed matrices."""
+    """One layer's matrices, packed for PyTorch's products, and as they are served."""
 
     qkv: torch.Tensor
     output: torch.Tensor
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
+    served: FloatProducts
 
 
 def main() -> None:
@@ -46,13 +50,17 @@ def main() -> None:
     torch.set_num_threads(1)
     config = read_recommender(trained_recommender("ml-100k", "ml-100k")).config
     found = measure(config)
-    write_json(Path("benchmarks/serving/products.json"), found)
+    keep_rows(Path("benchmarks/serving/products.json"), found, ("hardware",))
     print(json.dumps(found, indent=1))
 
 
 @torch.inference_mode()
 def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """Return a row for each number of rows: milliseconds of a forward's products, by form."""
+    import_vllm()
+    from vllm.platforms import current_platform
+
+    current_platform.import_kernels()
     layers = [_layer(config) for _ in range(config.num_hidden_layers)]
     joined = sum(np.prod(shape) for shape in matrix_shapes(config)) * len(layers)
     seconds: dict[tuple[int, str], list[float]] = {}
@@ -74,9 +82,10 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
             "milliseconds": {name: 1e3 * float(np.median(seconds[rows, name])) for name in work[rows]},
             "gflops": 2e-9 * joined * rows / float(np.median(seconds[rows, "alone"])),
             "of_full_rate": float(np.median(full * rows / RATE_TOKENS / np.array(seconds[rows, "alone"]))),
-            "post_operations": float(
-                np.median(np.array(seconds[rows, "post-operations"]) / np.array(seconds[rows, "passes"]))
-            ),
+            "of_pytorch": {
+                name: float(np.median(np.array(seconds[rows, name]) / np.array(seconds[rows, "pytorch"])))
+                for name in ("post-operations", "served")
+            },
             "read_milliseconds": 1e3 * weight_bytes(config) / float(np.median(reads)),
             "weight_bytes": weight_bytes(config),
             "hardware": f"{processors()}, 1 compute thread",
@@ -89,14 +98,15 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
 def forms(
     layers: Sequence[_Layer], rows: int, config: PreTrainedConfig
 ) -> dict[str, Callable[[], torch.Tensor]]:
-    """Return a forward's products, without attention and norms, by what rides on them; each returns its last.
+    """Return a forward's products, without attention and norms, by who runs them; each returns its last.
 
-    `alone` has neither activation nor sums; `passes` is what `models.vllm_products` runs, `post-operations`
-    leaves the gate and the residual to oneDNN as well.
+    `alone` has neither activation nor sums; in `pytorch` the activation rides on its product,
+    `post-operations` leaves the gate and the residual to oneDNN as well; `served` is `models.vllm_products`.
     """
-    hidden = torch.randn(rows, config.hidden_size, dtype=torch.bfloat16)
-    inner = torch.randn(rows, config.intermediate_size, dtype=torch.bfloat16)
-    attended = torch.randn(rows, matrix_shapes(config)[1][0], dtype=torch.bfloat16)
+    dtype = getattr(torch, served_dtype("cpu"))
+    hidden = torch.randn(rows, config.hidden_size, dtype=dtype)
+    inner = torch.randn(rows, config.intermediate_size, dtype=dtype)
+    attended = torch.randn(rows, matrix_shapes(config)[1][0], dtype=dtype)
 
     def alone() -> torch.Tensor:
         for layer in layers:
@@ -107,7 +117,7 @@ def forms(
             last = _plain(inner, layer.down)
         return last
 
-    def passes() -> torch.Tensor:
+    def pytorch() -> torch.Tensor:
         residual = hidden.clone()
         for layer in layers:
             _plain(hidden, layer.qkv)
@@ -127,23 +137,46 @@ def forms(
             )
         return residual
 
-    return {"alone": alone, "passes": passes, "post-operations": post_operations}
+    def served() -> torch.Tensor:
+        residual = hidden.clone()
+        for layer in layers:
+            layer.served.qkv(hidden)
+            residual = layer.served.add_output(attended, residual)
+            residual = layer.served.add_mlp(hidden, residual)
+        return residual
+
+    return {"alone": alone, "pytorch": pytorch, "post-operations": post_operations, "served": served}
 
 
 def _layer(config: PreTrainedConfig) -> _Layer:
     (hidden, joined), (attended, _), _, (inner, _) = matrix_shapes(config)
+    dtype = getattr(torch, served_dtype("cpu"))
+    shapes = {
+        "self_attn.q_proj": (attended, hidden),
+        "self_attn.k_proj": ((joined - attended) // 2, hidden),
+        "self_attn.v_proj": ((joined - attended) // 2, hidden),
+        "self_attn.o_proj": (hidden, attended),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    weights = {
+        f"model.layers.0.{name}.weight": torch.randn(shape, dtype=dtype) / shape[1] ** 0.5
+        for name, shape in shapes.items()
+    }
+
+    def packed(*names: str) -> torch.Tensor:
+        joined_weights = torch.cat([weights[f"model.layers.0.{name}.weight"] for name in names])
+        return torch.ops.mkldnn._reorder_linear_weight(joined_weights, RATE_TOKENS)
+
     return _Layer(
-        qkv=_packed(joined, hidden),
-        output=_packed(hidden, attended),
-        gate=_packed(inner, hidden),
-        up=_packed(inner, hidden),
-        down=_packed(hidden, inner),
+        qkv=packed("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        output=packed("self_attn.o_proj"),
+        gate=packed("mlp.gate_proj"),
+        up=packed("mlp.up_proj"),
+        down=packed("mlp.down_proj"),
+        served=FloatProducts(0, weights.get, dtype, max(ROWS)),
     )
-
-
-def _packed(outputs: int, inputs: int) -> torch.Tensor:
-    weight = torch.randn(outputs, inputs, dtype=torch.bfloat16) / inputs**0.5
-    return torch.ops.mkldnn._reorder_linear_weight(weight, RATE_TOKENS)
 
 
 def _plain(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

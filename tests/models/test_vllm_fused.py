@@ -13,6 +13,7 @@ import torch
 from compress.quantize import quantize_recommender
 from models import vllm_forward, vllm_products
 from models.checkpoint import load_model, read_recommender
+from models.precision import served_dtype
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
 from models.vllm_engine import WorkerEngine, open_engine
@@ -22,6 +23,7 @@ from tests.tiny import FAMILIES, make_tiny_recommender, write_tiny_data
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 
 KV_BYTES = 64 * 2**20
+SERVED = served_dtype("cpu")
 
 
 def forward_of(engine: WorkerEngine) -> vllm_forward.PagedForward:
@@ -76,19 +78,17 @@ def test_int8(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def in_bf16(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerEngine, list[SearchRequest]]]:
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("this CPU has no bf16 products")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[WorkerEngine, list[SearchRequest]]]:
     # So wide a product is summed in another order by some CPUs' kernels, depending on its rows.
     engine, _, requests = open_tiny(
-        tmp_path_factory.mktemp("bf16"), "llama", "bfloat16", hidden_size=512, intermediate_size=1280
+        tmp_path_factory.mktemp("wide"), "llama", SERVED, hidden_size=512, intermediate_size=1280
     )
     yield engine, requests
     engine.close()
 
 
-def test_the_batch_leaves_no_trace(in_bf16: tuple[WorkerEngine, list[SearchRequest]]) -> None:
-    engine, requests = in_bf16
+def test_the_batch_leaves_no_trace(wide: tuple[WorkerEngine, list[SearchRequest]]) -> None:
+    engine, requests = wide
     pool = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker._trie_pool
     alone = []
     for request in requests:
@@ -105,7 +105,7 @@ def test_the_batch_leaves_no_trace(in_bf16: tuple[WorkerEngine, list[SearchReque
 
 
 def test_layers_that_differ_are_not_used(
-    in_bf16: tuple[WorkerEngine, list[SearchRequest]],
+    wide: tuple[WorkerEngine, list[SearchRequest]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -117,9 +117,9 @@ def test_layers_that_differ_are_not_used(
         return real(replace(matrix, form="none"), hidden)
 
     monkeypatch.setattr(vllm_products._Packed, "__call__", wrong)
-    in_bf16[0].close()
+    wide[0].close()
     with caplog.at_level(logging.WARNING):
-        engine, _, requests = open_tiny(tmp_path, "llama", "bfloat16")
+        engine, _, requests = open_tiny(tmp_path, "llama", SERVED)
     assert "differ by" in caplog.text
     assert forward_of(engine).fused is None
     assert all(result.exact for result in engine.recommend(requests))
