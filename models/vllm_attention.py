@@ -3,9 +3,30 @@
 Those cost more than the kernels themselves when a step of the search runs a dozen tokens.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where the sequences of a forward lie."""
+
+    starts: torch.Tensor
+    """int32 `[sequences + 1]`: first row of each"""
+    ends: torch.Tensor
+    """int32 `[sequences]`: positions up to each one's last"""
+    table: torch.Tensor
+    """int32 `[sequences, blocks]`"""
+
+    @staticmethod
+    def of(lengths: np.ndarray, ends: np.ndarray, table: np.ndarray) -> "Sequences":
+        """Return them from their numbers of rows and what else there is, all int32."""
+        starts = np.zeros(len(lengths) + 1, np.int32)
+        lengths.cumsum(out=starts[1:])
+        return Sequences(torch.from_numpy(starts), torch.from_numpy(ends), torch.from_numpy(table))
 
 
 class Norm:
@@ -32,6 +53,8 @@ class CpuAttention:
         """Args:
         block: vLLM's attention block, with projections, rotary embedding and `Attention`.
         """
+        from vllm import envs
+
         attention = block.attn
         kernel = attention.impl
         self.heads: int = attention.num_heads
@@ -48,7 +71,10 @@ class CpuAttention:
         self._key_cache, self._value_cache = caches
         self._write = torch.ops._C.cpu_attn_reshape_and_cache.default
         self._attend = torch.ops._C.cpu_attention_with_kv_cache.default
+        self._schedule = torch.ops._C.get_scheduler_metadata.default
         self._isa: str = attention.isa
+        self._splits = bool(envs.VLLM_CPU_ATTN_SPLIT_KV)
+        self._dtype = attention.kv_cache.dtype
         self._scales = (attention._k_scale_float, attention._v_scale_float, kernel.kv_cache_dtype)
         self._scale: float = kernel.scale
         self._softcap = float(kernel.logits_soft_cap)
@@ -83,26 +109,43 @@ class CpuAttention:
         )
         return query.view(-1, self.heads, size)
 
-    def attend(self, query: torch.Tensor, metadata: Any, out: torch.Tensor) -> None:
-        """Write what the queries attend to into `out`, `[rows, heads, head size]`.
+    def schedule(self, sequences: Sequences) -> torch.Tensor:
+        """Return how the kernel divides its work, the same for all layers with these numbers of heads."""
+        found: torch.Tensor = self._schedule(
+            sequences.ends.shape[0],
+            self.heads,
+            self.kv_heads,
+            self.size,
+            sequences.ends,
+            self._dtype,
+            sequences.starts,
+            True,
+            self._window,
+            self._isa,
+            self._splits,
+            None,
+            self._scales[2],
+        )
+        return found
 
-        Args:
-            metadata: vLLM's attention metadata of the queries.
-        """
+    def attend(
+        self, query: torch.Tensor, sequences: Sequences, schedule: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Write what the queries attend to into `out`, `[rows, heads, head size]`."""
         self._attend(
             query,
             self._key_cache,
             self._value_cache,
             out,
-            metadata.query_start_loc,
-            metadata.seq_lens,
+            sequences.starts,
+            sequences.ends,
             self._scale,
             True,
             None,
             self._window,
-            metadata.block_table,
+            sequences.table,
             self._softcap,
-            metadata.scheduler_metadata,
+            schedule,
             None,
             None,
             *self._scales,

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from models import vllm_fused
+from models.vllm_attention import Sequences
 from models.vllm_fused import FusedModel
 from models.vllm_graphs import ForwardGraphs, Inputs
 
@@ -123,18 +124,29 @@ class PagedForward:
         if copies:
             pairs = self._tensor(np.array(copies, np.int64))
             self._copy_blocks(pairs[:, 0], pairs[:, 1])
-        tokens, positions = self._tensor(layout.tokens), self._tensor(layout.positions)
-        rows = self._tensor(layout.wanted)
-        metadata = self._metadata(layout.lengths, layout.totals, layout.table, layout.slots, positions)
         if self.fused is not None:
-            # Each wanted row as a query of its own: the last layer computes no other.
-            owners = layout.owners[layout.wanted]
-            ends = (layout.positions[layout.wanted] + 1).astype(np.int32)
-            ones = np.ones(len(ends), np.int32)
-            slots, table = layout.slots[layout.wanted], layout.table[owners]
-            lone = self._metadata(ones, ends, table, slots, positions[rows]) if len(ends) else None
-            return self.fused(tokens, positions, metadata, rows, lone)
-        return self._own_layers(tokens, positions, metadata)[rows]
+            return self._fused_layers(self.fused, layout)
+        tokens, positions = self._tensor(layout.tokens), self._tensor(layout.positions)
+        metadata = self._metadata(layout.lengths, layout.totals, layout.table, layout.slots, positions)
+        return self._own_layers(tokens, positions, metadata)[self._tensor(layout.wanted)]
+
+    def _fused_layers(self, fused: FusedModel, layout: "_Layout") -> torch.Tensor:
+        wanted = layout.wanted
+        # Each wanted row as a sequence of its own: the last layer computes no other.
+        lone = Sequences.of(
+            np.ones(len(wanted), np.int32),
+            (layout.positions[wanted] + 1).astype(np.int32),
+            layout.table[layout.owners[wanted]],
+        )
+        sequences = Sequences.of(layout.lengths, layout.totals, layout.table)
+        return fused(
+            tokens=layout.tokens,
+            positions=layout.positions,
+            slots=layout.slots,
+            sequences=sequences,
+            wanted=wanted,
+            lone=lone,
+        )
 
     def _own_layers(self, tokens: torch.Tensor, positions: torch.Tensor, metadata: list[Any]) -> torch.Tensor:
         """Return the hidden states of all rows by vLLM's own layers."""

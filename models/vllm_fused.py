@@ -8,16 +8,16 @@ whose hidden state is wanted: of a prompt, one.
 Every row's result is independent of the rows beside it, to the bit, so answers do not depend on the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from models.vllm_attention import CpuAttention, Norm
+from models.vllm_attention import CpuAttention, Norm, Sequences
 from models.vllm_products import FloatProducts, Int8Products, Products, is_w8a8, linears
-from models.vllm_rows import padded_rows
+from models.vllm_rows import padded
 
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """vLLM's classes whose layers these are."""
@@ -29,7 +29,7 @@ class _Layer:
 
     attention: CpuAttention | None
     group: int
-    """Of the attention metadata"""
+    """Of layers with like attention"""
     products: Products
     input_norm: Norm | None
     mlp_norm: Norm | None
@@ -94,6 +94,8 @@ class FusedModel:
             for index, layer in enumerate(body.layers)
         ]
         attentions = [layer.attention for layer in self._layers if layer.attention is not None]
+        first = {layer.group: layer.attention for layer in self._layers[::-1] if layer.attention is not None}
+        self._first_of_group = first
         self._attended_width = max(attention.heads * attention.size for attention in attentions)
         self._last_attention = max(n for n, layer in enumerate(self._layers) if layer.attention is not None)
 
@@ -105,39 +107,43 @@ class FusedModel:
 
     def __call__(
         self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        metadata: Sequence[Any],
-        wanted: torch.Tensor,
-        wanted_metadata: Sequence[Any] | None,
+        *,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        slots: np.ndarray,
+        sequences: Sequences,
+        wanted: np.ndarray,
+        lone: Sequences,
     ) -> torch.Tensor:
         """Write the tokens' KV and return the wanted rows' hidden states, `[wanted, hidden]`.
 
         Args:
             tokens: int32 `[rows]`.
             positions: int64 `[rows]`.
-            metadata: vLLM's attention metadata of the rows, one a group.
+            slots: int64 `[rows]`: where each row's keys and values go.
+            sequences: where the rows' sequences lie.
             wanted: int64 `[wanted]`: rows whose hidden state is asked for.
-            wanted_metadata: Attention metadata in which each wanted row is a query of its own; None if
-                none is wanted.
+            lone: the same with each wanted row as a sequence of its own.
         """
         count = len(tokens)
-        residual = F.embedding(F.pad(tokens, (0, padded_rows(count) - count)), self._embedding)
-        hidden = torch.empty_like(residual)
-        room = self._room(residual)
+        places, targets = torch.from_numpy(positions), torch.from_numpy(slots)
+        residual = self._embedding.index_select(0, torch.from_numpy(padded(tokens)))
+        hidden, room = torch.empty_like(residual), self._room(residual)
+        schedules = {group: first.schedule(sequences) for group, first in self._first_of_group.items()}
         for n, layer in enumerate(self._layers):
             if layer.attention is not None and layer.input_norm is not None:
                 joined = layer.products.qkv(layer.input_norm(residual, hidden))
-                query = layer.attention.write(joined[:count], positions, metadata[0].slot_mapping)
+                query = layer.attention.write(joined[:count], places, targets)
                 if n == self._last_attention:
                     # From here on only the wanted rows: no later one is attended to.
-                    if wanted_metadata is None:
+                    if not len(wanted):
                         return residual[:0]
-                    count, metadata, query = len(wanted), wanted_metadata, query[wanted]
-                    residual = residual[F.pad(wanted, (0, padded_rows(count) - count))]
+                    count, sequences, query = len(wanted), lone, query[torch.from_numpy(wanted)]
+                    schedules[layer.group] = layer.attention.schedule(lone)
+                    residual = residual.index_select(0, torch.from_numpy(padded(wanted)))
                     hidden, room = torch.empty_like(residual), self._room(residual)
-                attended = _attended(room, layer.attention, len(residual))
-                layer.attention.attend(query, metadata[layer.group], attended[:count])
+                attended = _attended(room, layer.attention, residual.shape[0])
+                layer.attention.attend(query, sequences, schedules[layer.group], attended[:count])
                 residual = layer.products.add_output(attended.flatten(1), residual)
             if layer.mlp_norm is not None:
                 residual = layer.products.add_mlp(layer.mlp_norm(residual, hidden), residual)
@@ -145,7 +151,7 @@ class FusedModel:
 
     def _room(self, rows: torch.Tensor) -> torch.Tensor:
         # Zeros: what is padded goes through the products as well.
-        return rows.new_zeros(len(rows) * self._attended_width)
+        return rows.new_zeros(rows.shape[0] * self._attended_width)
 
 
 def _attended(room: torch.Tensor, attention: CpuAttention, rows: int) -> torch.Tensor:

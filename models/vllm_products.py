@@ -51,7 +51,7 @@ class _Packed:
     rows: RowRange
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        out = hidden.new_empty(len(hidden), self.handler.n)
+        out = hidden.new_empty(hidden.shape[0], self.handler.n)
         torch.ops._C.onednn_mm.default(out, hidden, self.bias, self.handler.handler_tensor)
         return F.silu(out, inplace=True) if self.form == "swish" else out
 
@@ -140,7 +140,7 @@ def is_w8a8(layer: Any) -> bool:
 def _product(matrix: _Packed | None, hidden: torch.Tensor) -> torch.Tensor:
     """Return a product whose rows are summed in one order, however many there are: filled up, or in parts."""
     assert matrix is not None  # a half that the layer lacks is not asked for
-    rows = len(hidden)
+    rows = hidden.shape[0]
     if missing := max(matrix.rows.least - rows, 0):
         return matrix(F.pad(hidden, (0, 0, 0, missing)))[:rows]
     if rows <= matrix.rows.most:

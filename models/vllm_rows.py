@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 
 LARGEST_LEAST = 40
@@ -46,6 +47,13 @@ def padded_rows(rows: int) -> int:
     """Return the row count a matrix product is run with: of a few dozen, so that its kernel is there."""
     step = _step(rows)
     return -(-rows // step) * step
+
+
+def padded(array: np.ndarray) -> np.ndarray:
+    """Return the array `[rows]`, filled up with zeros to the row count a product is run with."""
+    found = np.zeros(padded_rows(len(array)), array.dtype)
+    found[: len(array)] = array
+    return found
 
 
 def steady_rows(
