@@ -113,26 +113,30 @@ def exactness_table(rows: Rows) -> Table:
 
 
 def pruned_table(rows: Rows) -> Table:
-    """Return full against pruned."""
-    empty = {row["model"]: row["uss_bytes"] for row in rows}
-    names = "Model|Clients|CPU ms/request|Weights MB|MB above an empty engine|Tokens run|Nodes opened"
-    cells = [names.split("|")]
-    for row in rows:
-        kind = "empty-int8" if row["model"].endswith("-int8") else "empty"
+    """Return full against pruned, by machine."""
+    of = {(row["hardware"], row["model"], row["clients"]): row for row in rows}
+    names = "Machine|Model|Clients|CPU ms/request|Requests of the full model|Weights MB"
+    cells = [[*names.split("|"), "MB above an empty engine", "Tokens run", "Nodes opened"]]
+    for (machine, model, clients), row in sorted(of.items(), key=lambda entry: entry[0][0]):
+        empty = of[machine, "empty-int8" if model.endswith("-int8") else "empty", clients]
+        full = of.get((machine, model.replace("-pruned-5", ""), clients))
+        times = full["cpu_seconds_per_request"] / row["cpu_seconds_per_request"] if full else None
         cells.append(
             [
-                row["model"],
-                str(row["clients"]),
+                machine,
+                model,
+                str(clients),
                 f"{1e3 * row['cpu_seconds_per_request']:.2f}",
+                f"{times:.1f}x" if times and full is not row else "",
                 f"{row['weights_bytes'] / 1e6:.1f}",
-                f"{(row['uss_bytes'] - empty[kind]) / 1e6:.1f}",
+                f"{(row['uss_bytes'] - empty['uss_bytes']) / 1e6:.1f}",
                 f"{row['tokens_run']:.0f}",
                 f"{row['expansions']:.0f}",
             ]
         )
     note = (
-        f"{rows[0]['hardware']}. SmolLM2 as published, all others with random weights; fresh users. Memory "
-        "is what no other process shares, above that of an engine of the same kind with an empty model. "
+        "SmolLM2 as published, all others with random weights; fresh users. Memory is what no other process "
+        "shares, above that of an engine of the same kind with an empty model. "
         "`python -m benchmarks.serving.pruned`"
     )
     return Table("Pruned against full", note, cells)

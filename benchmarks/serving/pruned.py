@@ -5,23 +5,26 @@
 SmolLM2-135M as it is published, and a model of the demonstration's shape, with the catalogue of ML-100K,
 against the shapes that `compress --target 5% --vocab catalog` gives them, with random weights. Speed depends
 on the shape and on the tokens run: a random model opens fewer nodes than a trained one, so both numbers stand
-beside the time. Writes `benchmarks/serving/pruned.json`.
+beside the time. int8 versions run too where the CPU has their products. Keeps its rows in
+`benchmarks/serving/pruned.json`, beside those of other machines.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.serving.checkpoints import RUNS, quantised
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
-from models.atomic import write_json
 from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.data import load_data
+from models.errors import LeanRecError
 from models.families import Shape, Traits, count_parameters, resized_config
-from models.precision import served_dtype
+from models.precision import check_int8_products, served_dtype
 from models.prompt import PromptConfig
 from serve.plan import weight_bytes
 
@@ -43,13 +46,15 @@ def main() -> None:
     demo = _demo(RUNS / "demo")
     pruned = [_pruned(full, RUNS / f"{full.directory.name}-pruned-5") for full in (smollm2, demo)]
     empty = _empty(pruned[0], RUNS / "empty")
-    int8 = [read_recommender(quantised(full.directory)) for full in (smollm2, pruned[0], empty)]
+    unquantised = (smollm2, pruned[0], empty) if _has_int8() else ()
+    int8 = [read_recommender(quantised(full.directory)) for full in unquantised]
     recommenders = [smollm2, demo, *pruned, empty, *int8]
     entries = [_entry(recommender, options.rounds) for recommender in recommenders]
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": DATA,
         "hardware": f"{processors()}, 1 compute thread",
+        "precision": served_dtype("cpu"),
         "versions": describe_versions(),
     }
     found = rows(race, entries, reference=smollm2.directory.name, facts=facts)
@@ -61,8 +66,17 @@ def main() -> None:
         answers = race.measured[row["contender"], Case(row["clients"])].answers.values()
         row["expansions"] = sum(answer["expansions"] for answer in answers) / len(answers)
         row["non_embedding"] = counts[row["model"]].non_embedding
-    write_json(Path("benchmarks/serving/pruned.json"), found)
+    keep_rows(Path("benchmarks/serving/pruned.json"), found, ("model", "hardware"))
     print(json.dumps(found, indent=1))
+
+
+def _has_int8() -> bool:
+    try:
+        check_int8_products("int8 models")
+    except LeanRecError as error:
+        print(error, file=sys.stderr)
+        return False
+    return True
 
 
 def _entry(recommender: Recommender, rounds: int) -> Entry:
