@@ -142,5 +142,5 @@ def _greedy_in_vllm(
         "prompts": [list(map(int, prompt)) for prompt in prompts],
         "new_tokens": NEW_TOKENS,
     }
-    answer = run_apart("compress.vllm_greedy", request, directory)
+    answer = run_apart("compress.vllm_greedy:generate", request, directory)
     return answer["tokens"], answer["logprobs"]

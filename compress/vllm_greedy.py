@@ -1,15 +1,9 @@
-"""Greedy tokens of a checkpoint in stock vLLM, in fp32, or bf16 where it is int8: run by `verify`, apart.
-
-    python -m compress.vllm_greedy REQUEST.json REPLY.json
-
-vLLM takes over threads, signals and memory of the process it runs in; here it may.
-"""
+"""Greedy tokens of a checkpoint in stock vLLM, in fp32, or bf16 where it is int8: run by `verify`, apart."""
 
 import json
 import os
 from pathlib import Path
 
-from compress.apart import answer_request
 from models import vllm_plugin
 
 KV_CACHE_BYTES = 256 * 2**20
@@ -51,5 +45,8 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
     return reply
 
 
-if __name__ == "__main__":
-    answer_request(generate)
+def preload() -> None:
+    """Import what every request needs."""
+    from models.vllm_model import preload_vllm
+
+    preload_vllm()

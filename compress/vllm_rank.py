@@ -1,14 +1,11 @@
-"""Rankings by the engine that serves, in a process of its own.
-
-python -m compress.vllm_rank REQUEST.json REPLY.json
-"""
+"""Rankings by the engine that serves, in a process of its own."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress.apart import answer_request, run_apart
+from compress.apart import run_apart
 from models.engine import Timings
 from models.search import SearchRequest, SearchResult
 from models.trie import Trie
@@ -34,7 +31,7 @@ class ServedEngine:
             "prompts": [request.prompt for request in requests],
             "k": max(request.k for request in requests),
         }
-        answer = run_apart("compress.vllm_rank", request, self._directory)
+        answer = run_apart("compress.vllm_rank:rank", request, self._directory)
         return [SearchResult(**result) for result in answer["results"]]
 
     def use_trie(self, trie: Trie) -> None:
@@ -55,9 +52,13 @@ def rank(directory: str, prompts: list[list[int]], k: int) -> dict[str, Any]:
     for start in range(0, len(prompts), BATCH):
         part = prompts[start : start + BATCH]
         results += engine.recommend([SearchRequest(prompt=prompt, k=k) for prompt in part])
-    engine.close()
     return {"results": [asdict(result) for result in results]}
 
 
-if __name__ == "__main__":
-    answer_request(rank)
+def preload() -> None:
+    """Import what every ranking needs."""
+    import models.checkpoint
+    import models.vllm_engine  # noqa: F401
+    from models.vllm_model import preload_vllm
+
+    preload_vllm()

@@ -62,6 +62,22 @@ def import_vllm() -> Any:
     return vllm
 
 
+def preload_vllm() -> None:
+    """Import vLLM for processes that are going to be forked; how it is configured is left to them.
+
+    Not beside a GPU: what has been asked of CUDA once is of no use to a fork.
+    """
+    if torch.version.cuda or torch.version.hip:
+        return
+    before = {name: os.environ.get(name) for name in (*_ENVIRONMENT, *_DEFAULT_ENVIRONMENT)}
+    import_vllm()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
 def load_llm(recommender: Recommender, arguments: Mapping[str, Any]) -> Any:
     """Return vLLM's `LLM` for a recommender, as a model that gives hidden states.
 

@@ -7,15 +7,18 @@ import sys
 import time
 
 import psutil
+import pytest
 
+from compress import apart
 from compress.apart import run_apart
+from models.errors import LeanRecError
 
 
 def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
     told = tmp_path / "told"
     script = (
         "from pathlib import Path; from compress.apart import run_apart;"
-        f"run_apart('tests.compress.waits_apart', {{'told': {str(told)!r}}}, Path('x'))"
+        f"run_apart('tests.compress.waits_apart:wait', {{'told': {str(told)!r}}}, Path('x'))"
     )
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -32,7 +35,36 @@ def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
 
 
 def test_what_is_asked_apart_answers_and_ends(tmp_path):
-    assert run_apart("tests.compress.waits_apart", {"told": ""}, tmp_path) == {"waited": False}
+    assert run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path) == {"waited": False}
+
+
+def test_what_fails_apart_says_why_and_the_next_is_answered(tmp_path):
+    with pytest.raises(LeanRecError, match="could not run it: RuntimeError: no such thing"):
+        run_apart("tests.compress.waits_apart:fail", {"message": "no such thing"}, tmp_path)
+    with pytest.raises(LeanRecError, match="exit code 3"):
+        run_apart("tests.compress.waits_apart:end", {"code": 3}, tmp_path)
+    with pytest.raises(LeanRecError, match="ModuleNotFoundError"):
+        run_apart("tests.compress.missing:wait", {}, tmp_path)
+    assert run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path) == {"waited": False}
+
+
+def test_requests_are_forks_of_one_server_and_a_new_one_starts_where_it_ended(tmp_path):
+    asked = [run_apart("tests.compress.waits_apart:where", {}, tmp_path) for _ in range(2)]
+    assert asked[0]["process"] != asked[1]["process"]
+    assert asked[0]["server"] == asked[1]["server"]
+    assert [each["preloaded"] for each in asked] == [1, 1], "the server's module was made ready, once"
+    os.kill(asked[0]["server"], signal.SIGKILL)
+    with pytest.raises(LeanRecError, match="exit code -9"):
+        run_apart("tests.compress.waits_apart:where", {}, tmp_path)
+    assert run_apart("tests.compress.waits_apart:where", {}, tmp_path)["server"] != asked[0]["server"]
+
+
+def test_what_does_not_answer_in_time_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "TIMEOUT_SECONDS", 3)
+    told = tmp_path / "told"
+    with pytest.raises(LeanRecError, match="did not answer in 3 s"):
+        run_apart("tests.compress.waits_apart:wait", {"told": str(told)}, tmp_path)
+    assert not psutil.pid_exists(int(told.read_text()))
 
 
 def wait_until(holds):

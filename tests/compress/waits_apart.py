@@ -1,10 +1,16 @@
-"""A process asked by `run_apart` that tells where it is and never answers, or answers at once."""
+"""What is asked by `run_apart`: tells where it is and never answers, or answers at once, or fails."""
 
 import os
 import threading
 from pathlib import Path
 
-from compress.apart import answer_request
+preloaded = 0
+
+
+def preload() -> None:
+    """Count, as what is imported once would be."""
+    global preloaded  # noqa: PLW0603 - what the test looks at
+    preloaded += 1
 
 
 def wait(told: str) -> dict[str, object]:
@@ -15,5 +21,13 @@ def wait(told: str) -> dict[str, object]:
     return {}
 
 
-if __name__ == "__main__":
-    answer_request(wait)
+def fail(message: str) -> dict[str, object]:
+    raise RuntimeError(message)
+
+
+def end(code: int) -> dict[str, object]:
+    os._exit(code)
+
+
+def where() -> dict[str, object]:
+    return {"preloaded": preloaded, "process": os.getpid(), "server": os.getppid()}
