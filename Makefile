@@ -20,7 +20,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRA)
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 help:
-	@sed -n '2,8s/^# \{0,1\}//p' Makefile
+	@sed -n '2,9s/^# \{0,1\}//p' Makefile
 
 install: $(INSTALLED)
 
