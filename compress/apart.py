@@ -1,7 +1,8 @@
 """vLLM in processes of their own: it takes over threads, signals and memory of the one it runs in.
 
-Importing it takes longer than most of what is asked of it, so a server imports it once and forks for every
-request. The server ends with who started it, however that ends, and takes a request in progress with it.
+Importing it takes longer than most of what is asked of it, so a server imports it once, where there is no
+GPU, and forks for every request. The server ends with who started it, however that ends, and takes a request
+in progress with it.
 """
 
 import atexit
@@ -34,7 +35,8 @@ def run_apart(function: str, request: Mapping[str, Any], subject: Path) -> dict[
     """Return what a function replies to a request, both of JSON, in a process of its own.
 
     Args:
-        function: as `module:name`; a function `preload` of its module, if there is one, runs once for all.
+        function: as `module:name`; a function `preload` of its module, if there is one, runs once for all
+            requests.
         subject: What it is about, for messages.
 
     Raises:
@@ -124,7 +126,14 @@ def _lines() -> Iterator[str]:
 
 @cache
 def _preload(module: str) -> None:
-    """Import what requests to a module share; what is wrong with it shows where it is asked."""
+    """Import what requests to a module share; what is wrong with it shows where it is asked.
+
+    Not beside a GPU: where an import has asked CUDA for anything, a fork cannot use it.
+    """
+    import torch
+
+    if torch.version.cuda or torch.version.hip:
+        return
     with contextlib.suppress(ImportError, LeanRecError):
         if preload := getattr(importlib.import_module(module), "preload", None):
             preload()

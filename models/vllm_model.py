@@ -63,12 +63,7 @@ def import_vllm() -> Any:
 
 
 def preload_vllm() -> None:
-    """Import vLLM for processes that are going to be forked; how it is configured is left to them.
-
-    Not beside a GPU: what has been asked of CUDA once is of no use to a fork.
-    """
-    if torch.version.cuda or torch.version.hip:
-        return
+    """Import vLLM for processes that are going to be forked; how it is configured is left to them."""
     before = {name: os.environ.get(name) for name in (*_ENVIRONMENT, *_DEFAULT_ENVIRONMENT)}
     import_vllm()
     for name, value in before.items():

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from compress import apart
 from compress.apart import run_apart
@@ -52,7 +53,9 @@ def test_requests_are_forks_of_one_server_and_a_new_one_starts_where_it_ended(tm
     asked = [run_apart("tests.compress.waits_apart:where", {}, tmp_path) for _ in range(2)]
     assert asked[0]["process"] != asked[1]["process"]
     assert asked[0]["server"] == asked[1]["server"]
-    assert [each["preloaded"] for each in asked] == [1, 1], "the server's module was made ready, once"
+    # Once, in the server; where CUDA may be asked for something, by nobody.
+    once = 0 if torch.version.cuda or torch.version.hip else 1
+    assert [each["preloaded"] for each in asked] == [once, once]
     os.kill(asked[0]["server"], signal.SIGKILL)
     with pytest.raises(LeanRecError, match="exit code -9"):
         run_apart("tests.compress.waits_apart:where", {}, tmp_path)
