@@ -149,11 +149,11 @@ def _as(engine: Any, variant: Variant) -> Iterator[_Run]:
         raise RuntimeError("vLLM's own layers run here: see the log for the reason")
     setup, layers, wide = engine._setup, forward.fused, forward._wide
 
-    def run(tokens: Any, *rest: Any) -> Any:
+    def run(*, tokens: Any, **others: Any) -> Any:
         counted.forwards += 1
         counted.tokens += len(tokens)
         begun = time.process_time()
-        hidden = layers(tokens, *rest)
+        hidden = layers(tokens=tokens, **others)
         counted.layer_seconds += time.process_time() - begun
         return hidden
 
