@@ -38,7 +38,8 @@ REQUESTS = 96
 OPEN_REQUESTS = 768
 ALONE = 48
 LOAD = 0.7
-OPEN_SECONDS = 40.0
+OPEN_SECONDS = 180.0
+"""At most: the tail of a few hundred requests says little"""
 SETTLE_SECONDS = 31.0
 IDLE_SECONDS = 20.0
 
