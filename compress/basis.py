@@ -6,14 +6,14 @@ sqrt(hidden / kept) and eps * hidden / kept it gives exactly Qᵀ of what it gav
 inside the basis. Source: SliceGPT (arXiv 2401.15024), with RMSNorm kept in the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.calibrate import CalibrationBatch, observe
+from compress.calibrate import CalibrationBatch, Observer, observe
 from compress.repair import RIDGE
 from models.trie import Trie
 
@@ -154,24 +154,34 @@ def fit_readers(
     model: PreTrainedModel,
     batches: Sequence[CalibrationBatch],
     trie: Trie,
-    basis: Tensor,
+    bases: Mapping[str, Tensor],
     *,
     refit: bool = True,
-) -> Readers:
-    """Return how the readers of a model's norms should read a stream in this basis.
+) -> dict[str, Readers]:
+    """Return for each basis how the readers of a model's norms should read a stream in it.
 
     Args:
         refit: fit them to the calibration batches; without it, what is lost is lost.
     """
-    if not refit:
-        norm = model.model.norm.weight.detach().double()
-        return Readers([basis for _ in norms_of(model)], (basis.square() * norm[:, None]).sum(0))
-    refits = [_Refit(basis) for _ in norms_of(model)]
-    observe(model, batches, dict(zip(norms_of(model), refits, strict=True)))
+    norms = norms_of(model)
     final = model.model.norm.weight.detach().double()
-    plain = (basis.square() * final[:, None]).sum(0)
+    plain = {name: (basis.square() * final[:, None]).sum(0) for name, basis in bases.items()}
+    if not refit:
+        return {name: Readers([basis for _ in norms], plain[name]) for name, basis in bases.items()}
+    refits = {name: [_Refit(basis) for _ in norms] for name, basis in bases.items()}
+    # One pass fits all bases.
+    together = zip(*refits.values(), strict=True)
+    observe(model, batches, {norm: _each_of(fits) for norm, fits in zip(norms, together, strict=True)})
     if model.config.tie_word_embeddings:
-        tokens = torch.from_numpy(trie.child_tokens).to(basis.device).long().unique()
+        tokens = torch.from_numpy(trie.child_tokens).to(final.device).long().unique()
         embedding = model.lm_head.weight.detach()[tokens].double()
-        plain = refits[-1].tied_weight(plain, embedding, final)
-    return Readers([refit.reader_basis() for refit in refits], plain)
+        plain = {name: refits[name][-1].tied_weight(plain[name], embedding, final) for name in bases}
+    return {name: Readers([fit.reader_basis() for fit in refits[name]], plain[name]) for name in bases}
+
+
+def _each_of(observers: Sequence[Observer]) -> Observer:
+    def see(inputs: Tensor, weights: Tensor) -> None:
+        for observer in observers:
+            observer(inputs, weights)
+
+    return see

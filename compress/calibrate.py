@@ -33,6 +33,8 @@ class CalibrationBatch:
     """bool: the position predicts a token of a target title"""
     position_ids: Tensor | None = None
     """None: counted from 0 in each row"""
+    entering: Tensor | None = None
+    """What enters the first layer, `[batch, seq, hidden]`; None: the tokens' embeddings"""
 
     def weights(self) -> Tensor:
         """Return each position's weight in statistics, float32 `[batch, seq]`."""
@@ -51,7 +53,8 @@ class CalibrationBatch:
 def last_hidden(model: PreTrainedModel, batch: CalibrationBatch) -> Tensor:
     """Return the final hidden states after the last norm, `[batch, seq, hidden]`."""
     return model.model(
-        input_ids=batch.input_ids,
+        input_ids=batch.input_ids if batch.entering is None else None,
+        inputs_embeds=batch.entering,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,

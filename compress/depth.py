@@ -1,14 +1,13 @@
 """Stage 3: the number of layers."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
+from compress.layer_states import LayerStates, States
 from compress.prunerec import perplexity
 from compress.rebuild import rebuild
 from compress.stage import StageReport
@@ -36,25 +35,31 @@ def prune_depth(
     always stays: it turns tokens into what all others read.
     """
     valid = ValidTokens(trie, model.device)
-    reference = reference_scores(model, batches, valid)
-
-    def cost() -> float:
-        if by == "perplexity":
-            return perplexity(model, batches)
-        return calibration_kl(model, batches, valid, reference)
-
     kept = list(range(model.config.num_hidden_layers))
+    states = LayerStates(model, batches)
+    with states.trying(0, kept) as (entering, seen):
+        reference = reference_scores(model, entering, valid)
+    states.settle(0, seen)
+
+    def cost_without(layer: int) -> tuple[float, States]:
+        with states.trying(layer, [other for other in kept if other != layer]) as (entering, seen):
+            if by == "perplexity":
+                return perplexity(model, entering), seen
+            return calibration_kl(model, entering, valid, reference), seen
+
     dropped: list[int] = []
     rounds: list[list[float]] = []
     bounds = dict.fromkeys(kept[1:], 0.0)
     while len(kept) > shape.num_layers:
         tried: dict[int, float] = {}
+        gone, seen = 0, States()  # 0, which stays: none yet
         for layer in sorted(bounds, key=lambda layer: (bounds[layer], -layer)):
             if tried and min(tried.values()) <= bounds[layer]:
                 break
-            with _only_layers(model, [other for other in kept if other != layer]):
-                tried[layer] = cost()
-        gone = min(tried, key=lambda layer: (tried[layer], -layer))
+            tried[layer], seen_without = cost_without(layer)
+            if not gone or (tried[layer], -layer) < (tried[gone], -gone):
+                gone, seen = layer, seen_without
+        states.settle(gone, seen)
         bounds |= tried
         del bounds[gone]
         kept.remove(gone)
@@ -78,14 +83,3 @@ def prune_depth(
         kept={"layers": [kept]},
         dropped_layers=tuple(dropped),
     )
-
-
-@contextmanager
-def _only_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
-    """Let the model skip the other layers."""
-    layers = model.model.layers
-    model.model.layers = nn.ModuleList([layers[n] for n in kept])
-    try:
-        yield
-    finally:
-        model.model.layers = layers

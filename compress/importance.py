@@ -30,10 +30,11 @@ class Importance:
 
 def gate_scores(
     model: PreTrainedModel, batches: Sequence[CalibrationBatch], valid: ValidTokens, *, seed: int
-) -> Importance:
-    """Return the scores of all units from one forward and one backward per batch.
+) -> tuple[Importance, list[ValidLogProbs]]:
+    """Return the scores of all units from one forward and one backward per batch, and the model's answers.
 
-    Rows are independent, so one backward gives every row its own gradient.
+    Rows are independent, so one backward gives every row its own gradient. The answers are those of
+    `compress.calibrate.reference_scores`.
     """
     layers = model.model.layers
     num_layers, head_dim = len(layers), layers[0].self_attn.head_dim
@@ -61,11 +62,13 @@ def gate_scores(
     neurons: Tensor | float = 0.0
     channels: Tensor | float = 0.0
     rows = 0
+    answers: list[ValidLogProbs] = []
     with hooked(handles), torch.enable_grad():
         for batch in batches:
             for captured in seen.values():
                 captured.clear()
             scored = title_scores(model, batch, valid)
+            answers.append(scored.detached())
             drawn = draw_children(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
             units = [*seen["heads"], *seen["neurons"], *seen["norms"]]
             gradients = torch.autograd.grad(drawn.sum(), units)
@@ -83,7 +86,7 @@ def gate_scores(
     assert isinstance(heads, Tensor)
     assert isinstance(neurons, Tensor)
     assert isinstance(channels, Tensor)
-    return Importance(heads / (2 * rows), neurons / (2 * rows), channels / (2 * rows))
+    return Importance(heads / (2 * rows), neurons / (2 * rows), channels / (2 * rows)), answers
 
 
 def draw_children(

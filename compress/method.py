@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress import prunerec
-from compress.calibrate import CalibrationBatch
+from compress.calibrate import CalibrationBatch, reference_scores
 from compress.importance import Importance, gate_scores
 from models.families import Shape
-from models.losses import ValidTokens
+from models.losses import ValidLogProbs, ValidTokens
 
 Scores = Literal["fisher", "prunerec"]
 Basis = Literal["pca", "channels"]
@@ -30,10 +30,10 @@ class Method:
 
     def score(
         self, model: PreTrainedModel, batches: Sequence[CalibrationBatch], valid: ValidTokens, *, seed: int
-    ) -> Importance:
-        """Return the scores of heads and channels, and of neurons where they come along."""
+    ) -> tuple[Importance, list[ValidLogProbs]]:
+        """Return the scores of heads and channels, of neurons where they come along; the model's answers."""
         if self.scores == "prunerec":
-            return prunerec.width_scores(model, batches, valid)
+            return prunerec.width_scores(model, batches, valid), reference_scores(model, batches, valid)
         return gate_scores(model, batches, valid, seed=seed)
 
     def score_neurons(
@@ -44,8 +44,10 @@ class Method:
         valid: ValidTokens,
         *,
         seed: int,
-    ) -> Tensor:
-        """Return the scores of the MLPs' neurons, float64 `[layers, intermediate]`."""
+    ) -> tuple[Tensor, list[ValidLogProbs]]:
+        """Return the scores of the MLPs' neurons, float64 `[layers, intermediate]`; the model's answers."""
         if self.scores == "prunerec":
-            return prunerec.neuron_scores(model, batches, kept=shape.intermediate_size)
-        return self.score(model, batches, valid, seed=seed).neurons
+            scores = prunerec.neuron_scores(model, batches, kept=shape.intermediate_size)
+            return scores, reference_scores(model, batches, valid)
+        found, answers = self.score(model, batches, valid, seed=seed)
+        return found.neurons, answers

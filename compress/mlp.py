@@ -11,7 +11,6 @@ from compress.calibrate import (
     CrossMoment,
     calibration_kl,
     observe,
-    reference_scores,
 )
 from compress.method import Method
 from compress.rebuild import rebuild
@@ -42,8 +41,7 @@ def prune_mlp(
         method: what scores the neurons, and whether what stays is refitted.
     """
     valid = ValidTokens(trie, model.device)
-    reference = reference_scores(model, batches, valid)
-    scores = method.score_neurons(model, shape, batches, valid, seed=seed)
+    scores, reference = method.score_neurons(model, shape, batches, valid, seed=seed)
     order = scores.argsort(dim=1, descending=True, stable=True)
     kept = order[:, : shape.intermediate_size].sort(dim=1).values
     moments = [CrossMoment(neurons) for neurons in kept]

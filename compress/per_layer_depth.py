@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
 from compress.halves import Half, assemble, halves_of, only_halves, weight_of
+from compress.layer_states import LayerStates, States
 from compress.per_layer_mlp import share_neurons
 from compress.stage import StageReport
 from models.families import Traits, non_embedding_parameters
@@ -39,7 +40,11 @@ def drop_halves(
         LeanRecError: the budget cannot be met so closely.
     """
     valid = ValidTokens(trie, model.device)
-    reference = reference_scores(model, batches, valid)
+    layers = list(range(len(model.model.layers)))
+    states = LayerStates(model, batches)
+    with states.trying(0, layers) as (entering, seen):
+        reference = reference_scores(model, entering, valid)
+    states.settle(0, seen)
     shape, traits = PerLayerShape.of(model.config.to_dict()), Traits.of(model.config)
     kept = halves_of(shape)
     every = list(kept)
@@ -55,13 +60,18 @@ def drop_halves(
 
     while count > budget and (candidates := removable()):
         tried: dict[Half, float] = {}
+        gone, seen = None, States()
         for half in sorted(candidates, key=lambda half: (prices[half], -weight[half])):
             if tried and min(prices[other] for other in tried) <= prices[half]:
                 break
-            with only_halves(model, [other for other in kept if other != half]):
-                tried[half] = calibration_kl(model, batches, valid, reference)
+            others = [other for other in kept if other != half]
+            with only_halves(model, others), states.trying(half.layer, layers) as (entering, seen_without):
+                tried[half] = calibration_kl(model, entering, valid, reference)
             prices[half] = max(tried[half] - kl, 0.0) / weight[half]
-        gone = min(tried, key=lambda half: (prices[half], -weight[half]))
+            if gone is None or (prices[half], -weight[half]) < (prices[gone], -weight[gone]):
+                gone, seen = half, seen_without
+        assert gone is not None
+        states.settle(gone.layer, seen)
         kl = tried[gone]
         count -= weight[gone]
         kept.remove(gone)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from compress.calibrate import CalibrationBatch, CrossMoment, calibration_kl, observe, reference_scores
+from compress.calibrate import CalibrationBatch, CrossMoment, calibration_kl, observe
 from compress.halves import assemble, halves_of
 from compress.repair import refit_columns
 from compress.shares import STEPS, best, share_width
@@ -45,9 +45,8 @@ def share_neurons(
     layers = {n: layer for n, layer in enumerate(model.model.layers) if layer.mlp is not None}
     shape = PerLayerShape.of(model.config.to_dict())
     valid = ValidTokens(trie, model.device)
-    reference = reference_scores(model, batches, valid)
     outputs = [layer.mlp.down_proj for layer in layers.values()]
-    scores = unit_scores(model, outputs, batches, valid, seed=seed)
+    scores, reference = unit_scores(model, outputs, batches, valid, seed=seed)
     found = fitting_widths(
         shape, Traits.of(model.config), dict(zip(layers, scores, strict=True)), most, every_layer
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.basis import channel_basis, fit_readers, pca_basis, stream_statistics
-from compress.calibrate import CalibrationBatch, CrossMoment, calibration_kl, observe, reference_scores
+from compress.calibrate import CalibrationBatch, CrossMoment, calibration_kl, observe
 from compress.halves import Half, assemble
 from compress.heads import KeptHeads
 from compress.importance import gate_scores
@@ -43,8 +43,7 @@ def share_attention(
     """
     full = Shape.of(teacher.config)
     valid = ValidTokens(trie, teacher.device)
-    reference = reference_scores(teacher, batches, valid)
-    scores = gate_scores(teacher, batches, valid, seed=seed)
+    scores, reference = gate_scores(teacher, batches, valid, seed=seed)
     heads = share_heads(scores.heads, full, shape, least=least)
     outputs = _masked_outputs(teacher, batches, heads)
     tensors = {name: tensor.detach() for name, tensor in teacher.state_dict().items()}
@@ -61,7 +60,7 @@ def share_attention(
                 "pca": pca_basis(statistics, shape.hidden_size),
                 "channels": channel_basis(scores.channels, shape.hidden_size),
             }
-            readers = {name: fit_readers(teacher, batches, trie, basis) for name, basis in bases.items()}
+            readers = fit_readers(teacher, batches, trie, bases)
         candidates, kls = {}, {}
         for name, basis in bases.items():
             config = per_layer_config(teacher.config, whole)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, hooked, title_scores
 from compress.importance import draw_children
-from models.losses import ValidTokens
+from models.losses import ValidLogProbs, ValidTokens
 
 
 def unit_scores(
@@ -18,8 +18,9 @@ def unit_scores(
     valid: ValidTokens,
     *,
     seed: int,
-) -> list[Tensor]:
-    """Return for each module the scores of its inputs' columns, float64 `[width]`, nats per calibration row.
+) -> tuple[list[Tensor], list[ValidLogProbs]]:
+    """Return for each module the scores of its inputs' columns, float64 `[width]`, nats per calibration row;
+    and the model's answers, as `compress.calibrate.reference_scores`.
 
     Args:
         modules: in the order in which the model runs them.
@@ -40,13 +41,15 @@ def unit_scores(
     )
     totals = [torch.zeros(module.in_features, dtype=torch.float64, device=model.device) for module in modules]
     rows = 0
+    answers: list[ValidLogProbs] = []
     with hooked(handles), torch.enable_grad():
         for batch in batches:
             seen.clear()
             scored = title_scores(model, batch, valid)
+            answers.append(scored.detached())
             drawn = draw_children(scored, batch.node_ids[batch.node_ids >= 0], valid, generator)
             for n, gradient in enumerate(torch.autograd.grad(drawn.sum(), seen)):
                 slopes = (seen[n].detach().float() * gradient.float()).sum(1)
                 totals[n] += slopes.double().square().sum(0)
             rows += len(batch.input_ids)
-    return [total / (2 * rows) for total in totals]
+    return [total / (2 * rows) for total in totals], answers

@@ -14,7 +14,6 @@ from compress.calibrate import (
     CrossMoment,
     calibration_kl,
     observe,
-    reference_scores,
 )
 from compress.heads import KeptHeads, choose_heads
 from compress.method import Method
@@ -47,8 +46,7 @@ def prune_width(
     """
     full = Shape.of(teacher.config)
     valid = ValidTokens(trie, teacher.device)
-    reference = reference_scores(teacher, batches, valid)
-    scores = method.score(teacher, batches, valid, seed=seed)
+    scores, reference = method.score(teacher, batches, valid, seed=seed)
     heads = choose_heads(scores.heads, full, shape)
     outputs = _outputs(teacher, batches, heads, repair=method.repair)
     tensors = _sliced_heads(teacher, heads, outputs)
@@ -65,10 +63,7 @@ def prune_width(
                 bases["pca"] = pca_basis(statistics, shape.hidden_size)
             if "channels" in method.hidden:
                 bases["channels"] = channel_basis(scores.channels, shape.hidden_size)
-            readers = {
-                name: fit_readers(teacher, batches, trie, basis, refit=method.repair)
-                for name, basis in bases.items()
-            }
+            readers = fit_readers(teacher, batches, trie, bases, refit=method.repair)
         model, kl = None, float("inf")
         for name, basis in bases.items():
             candidate = narrowed(teacher.config, config, tensors, basis, readers[name])

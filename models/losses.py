@@ -23,6 +23,10 @@ class ValidLogProbs:
     inner: torch.Tensor
     """Children of the other positions' nodes, one after another `[flat]`"""
 
+    def detached(self) -> "ValidLogProbs":
+        """Return the same numbers, without how they came about."""
+        return ValidLogProbs(self.root.detach(), self.inner.detach())
+
 
 class ValidTokens:
     """The children of every trie node, ready for differentiable scoring."""

@@ -102,7 +102,7 @@ def test_gate_scores_estimate_the_kl_of_closing_a_gate(
     config = family_config("llama-untied", num_hidden_layers=2, hidden_size=64)
     model = random_model(config).double()
     valid, batch = ValidTokens(catalogue_trie), calibration_rows[0]
-    draws = [gate_scores(model, [batch], valid, seed=seed) for seed in range(40)]
+    draws = [gate_scores(model, [batch], valid, seed=seed)[0] for seed in range(40)]
     heads = torch.stack([draw.heads for draw in draws]).mean(0)
     direct = torch.tensor(
         [
@@ -127,7 +127,7 @@ def test_gate_scores_estimate_the_kl_of_closing_a_gate(
 def test_scores_depend_on_the_seed_alone(family_config, random_model, calibration_rows, catalogue_trie):
     model, valid = random_model(family_config("qwen3")), ValidTokens(catalogue_trie)
     first, again, other = (
-        gate_scores(model, calibration_rows, valid, seed=seed).neurons for seed in (0, 0, 1)
+        gate_scores(model, calibration_rows, valid, seed=seed)[0].neurons for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

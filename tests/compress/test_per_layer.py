@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from compress.calibrate import calibration_kl, reference_scores
-from compress.halves import Half, assemble, halves_of, only_halves
+from compress.halves import Half, assemble, halves_of, only_halves, weight_of
 from compress.importance import gate_scores
 from compress.per_layer import prune_per_layer
 from compress.per_layer_depth import drop_halves
@@ -181,13 +181,46 @@ def test_every_round_drops_the_half_that_costs_least_for_its_size(
     assert report.importances["halves"][0] == pytest.approx(kls)
 
 
+def test_trials_of_halves_that_begin_at_a_known_state_find_what_whole_runs_find(
+    family_config, random_model, calibration_rows, catalogue_trie
+):
+    model = as_per_layer(random_model(family_config("qwen3", num_hidden_layers=10)))
+    valid = ValidTokens(catalogue_trie, model.device)
+    reference = reference_scores(model, calibration_rows, valid)
+    shape, traits = shape_of(model), Traits.of(model.config)
+    halves = halves_of(shape)
+    weight = {half: weight_of(half, shape, traits) for half in halves}
+    count = count_parameters(shape, traits).non_embedding
+    _, report = drop_halves(model, count // 2, calibration_rows, catalogue_trie, seed=0)
+    rounds = report.importances["halves"]
+    assert len(rounds) > 6
+    left, kl = list(halves), 0.0
+    for table in rounds:
+        tried = {half: found for half, found in zip(halves, table, strict=True) if found >= 0}
+        for half, found in tried.items():
+            with only_halves(model, [other for other in left if other != half]):
+                assert found == pytest.approx(
+                    calibration_kl(model, calibration_rows, valid, reference), rel=1e-5
+                )
+        price = {half: max(found - kl, 0.0) / weight[half] for half, found in tried.items()}
+        gone = min(price, key=lambda half: (price[half], -weight[half]))
+        left.remove(gone)
+        kl = tried[gone]
+
+
 def test_unit_scores_are_the_gate_scores(family_config, random_model, calibration_rows, catalogue_trie):
     model = random_model(family_config("qwen3"))
     valid = ValidTokens(catalogue_trie, model.device)
-    expected = gate_scores(model, calibration_rows, valid, seed=3).neurons
+    expected, answers = gate_scores(model, calibration_rows, valid, seed=3)
     outputs = [layer.mlp.down_proj for layer in model.model.layers]
-    found = unit_scores(model, outputs, calibration_rows, valid, seed=3)
-    torch.testing.assert_close(torch.stack(found), expected)
+    found, same = unit_scores(model, outputs, calibration_rows, valid, seed=3)
+    torch.testing.assert_close(torch.stack(found), expected.neurons)
+    reference = reference_scores(model, calibration_rows, valid)
+    for scored, again, plain in zip(answers, same, reference, strict=True):
+        assert not scored.root.requires_grad
+        for name in ("root", "inner"):
+            torch.testing.assert_close(getattr(scored, name), getattr(plain, name))
+            torch.testing.assert_close(getattr(again, name), getattr(plain, name))
 
 
 def test_units_are_kept_where_they_score_most():

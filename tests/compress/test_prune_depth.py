@@ -80,6 +80,38 @@ def test_every_round_drops_the_layer_missed_least(
     assert pruned.generation_config.eos_token_id == [7, 8]
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3"])
+def test_trials_that_begin_at_a_known_state_find_what_whole_runs_find(
+    family, family_config, random_model, calibration_rows, catalogue_trie
+):
+    model = random_model(family_config(family, num_hidden_layers=11))
+    # As in compression: two windows packed into each row.
+    packed = replace(calibration_rows[0], position_ids=torch.arange(40).remainder(20).expand(6, 40))
+    rows = [packed, *calibration_rows]
+    runs = 0
+
+    def count(_module, _inputs):
+        nonlocal runs
+        runs += 1
+
+    handles = [layer.register_forward_pre_hook(count) for layer in model.model.layers]
+    _, report = prune_depth(model, replace(Shape.of(model.config), num_layers=3), rows, catalogue_trie)
+    for handle in handles:
+        handle.remove()
+    valid = ValidTokens(catalogue_trie)
+    reference = reference_scores(model, rows, valid)
+    whole, left, whole_runs = model.model.layers, list(range(11)), 11
+    for tried, dropped in zip(report.importances["layers"], report.dropped_layers, strict=True):
+        for layer in (n for n in range(11) if tried[n] >= 0):
+            model.model.layers = torch.nn.ModuleList([whole[n] for n in left if n != layer])
+            kl = calibration_kl(model, rows, valid, reference)
+            assert tried[layer] == pytest.approx(kl, rel=1e-5)
+            whole_runs += len(left) - 1
+        left.remove(dropped)
+    model.model.layers = whole
+    assert runs < 0.8 * whole_runs * len(rows)
+
+
 def test_the_report_is_json(family_config, random_model, calibration_rows, catalogue_trie):
     import json
 

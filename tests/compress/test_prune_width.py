@@ -26,7 +26,8 @@ def in_pca_basis(model, kept, rows, trie):
     """Return the model with its stream in `kept` principal components, nothing else cut."""
     basis = pca_basis(stream_statistics(model, rows), kept)
     config = resized_config(model.config, replace(Shape.of(model.config), hidden_size=kept))
-    return narrowed(model.config, config, model.state_dict(), basis, fit_readers(model, rows, trie, basis))
+    readers = fit_readers(model, rows, trie, {"pca": basis})["pca"]
+    return narrowed(model.config, config, model.state_dict(), basis, readers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,7 +125,7 @@ def test_refitted_readers_beat_plain_ones(family_config, random_model, calibrati
     valid = ValidTokens(catalogue_trie)
     reference = reference_scores(model, calibration_rows, valid)
     basis = pca_basis(stream_statistics(model, calibration_rows), 64)
-    fitted = fit_readers(model, calibration_rows, catalogue_trie, basis)
+    fitted = fit_readers(model, calibration_rows, catalogue_trie, {"pca": basis})["pca"]
     plain = replace(fitted, bases=[basis] * len(fitted.bases))
     kls = []
     for readers in (fitted, plain):
