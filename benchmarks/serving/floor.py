@@ -72,7 +72,7 @@ def _multiply(work: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
 
 
-def weight_bytes(config: PreTrainedConfig) -> int:
+def layer_bytes(config: PreTrainedConfig) -> int:
     """Return the bytes of all layers' matrices in the precision of serving: what a forward reads."""
     size = getattr(torch, served_dtype("cpu")).itemsize
     return (
@@ -83,7 +83,7 @@ def weight_bytes(config: PreTrainedConfig) -> int:
 def read_rates(config: PreTrainedConfig) -> list[float]:
     """Return at what rate one thread reads as much as the layers have, bytes a CPU second, several times."""
     torch.set_num_threads(1)
-    weights = torch.ones(weight_bytes(config) // 8, dtype=torch.int64)
+    weights = torch.ones(layer_bytes(config) // 8, dtype=torch.int64)
     weights.sum()
     rates = []
     for _ in range(REPEATS):

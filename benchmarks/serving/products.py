@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from benchmarks.serving.checkpoints import trained_recommender
-from benchmarks.serving.floor import RATE_TOKENS, matrix_shapes, read_rates, weight_bytes
+from benchmarks.serving.floor import RATE_TOKENS, layer_bytes, matrix_shapes, read_rates
 from benchmarks.serving.kept import keep_rows
 from loadtest.machine import describe_versions, processors
 from models.checkpoint import read_recommender
@@ -86,8 +86,8 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
                 name: float(np.median(np.array(seconds[rows, name]) / np.array(seconds[rows, "pytorch"])))
                 for name in ("post-operations", "served")
             },
-            "read_milliseconds": 1e3 * weight_bytes(config) / float(np.median(reads)),
-            "weight_bytes": weight_bytes(config),
+            "read_milliseconds": 1e3 * layer_bytes(config) / float(np.median(reads)),
+            "weight_bytes": layer_bytes(config),
             "hardware": f"{processors()}, 1 compute thread",
             "versions": describe_versions(),
         }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from benchmarks.serving.floor import matrix_rates, read_rates, request_flops, weight_bytes
+from benchmarks.serving.floor import layer_bytes, matrix_rates, read_rates, request_flops
 from benchmarks.serving.workload import Workload
 
 
@@ -234,8 +234,8 @@ def rows(
                 "floor_ratio": cpu / floor if case.users == "fresh" and floor else None,
                 "floor_seconds_by_round": floors.tolist(),
                 "matrix_gflops": float(np.median(measured.rates)) / 1e9,
-                "weight_bytes": weight_bytes(entry.config),
-                "weight_read_seconds": weight_bytes(entry.config) / float(np.median(race.reads)),
+                "weight_bytes": layer_bytes(entry.config),
+                "weight_read_seconds": layer_bytes(entry.config) / float(np.median(race.reads)),
                 **facts,
             }
         )
