@@ -55,29 +55,23 @@ SETS = {
             vocab="catalog",
         ),
         # The same data without what a language model brings along: within reach of two cores.
-        Set(
-            name="amazon18_video_games_d3",
-            label="games-from-scratch",
-            base="base",
-            epochs=8,
-            max_history=10,
-            learning_rate=2e-3,
-            batch_tokens=4096,
-            keep_titles=1.0,
-            piece_titles=3,
-            vocab="keep",
-        ),
-        Set(
-            name="amazon18_cds_vinyl_d3",
-            label="cds-from-scratch",
-            base="base",
-            epochs=8,
-            max_history=10,
-            learning_rate=2e-3,
-            batch_tokens=4096,
-            keep_titles=1.0,
-            piece_titles=3,
-            vocab="keep",
+        *(
+            Set(
+                name=name,
+                label=label,
+                base="base",
+                epochs=8,
+                max_history=10,
+                learning_rate=2e-3,
+                batch_tokens=4096,
+                keep_titles=1.0,
+                piece_titles=3,
+                vocab="keep",
+            )
+            for name, label in (
+                ("amazon18_video_games_d3", "games-from-scratch"),
+                ("amazon18_cds_vinyl_d3", "cds-from-scratch"),
+            )
         ),
         Set(
             name="movielens_1m",
