@@ -55,7 +55,8 @@ class Recipe:
     method: Method = field(default_factory=Method)
     layers_by: Literal["kl", "perplexity"] = "kl"
     """what the removal of a layer is judged by"""
-    calibration_rows: int = 256
+    calibration_rows: int = 64
+    """rows of training windows that the cuts read"""
     keep_titles: float = 1.0
     """share of the titles of a stream that a drawing reads"""
     drawings: int = 2

@@ -158,9 +158,7 @@ def _pruned(
         return prune_width(model, shape, batches, trie, seed=seed, method=recipe.method)
     if cut == "mlp":
         return prune_mlp(model, shape, batches, trie, seed=seed, method=recipe.method)
-    # Each layer is tried many times: a part of the rows tells them apart.
-    few = batches[: max(1, len(batches) // 4)]
-    return prune_depth(model, shape, few, trie, by=recipe.layers_by)
+    return prune_depth(model, shape, batches, trie, by=recipe.layers_by)
 
 
 def _restore(bench: Bench, stage: int, name: str) -> None:
