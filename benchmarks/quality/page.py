@@ -41,6 +41,7 @@ TITLES = {
     "second-shape": "LeanRec, the second shape by its rule (2 layers of 48)",
     "third-shape": "LeanRec, the third shape by its rule (1 layer of 64)",
     "fourth-shape": "LeanRec, the fourth shape by its rule (3 layers of 48)",
+    "more-rows": "LeanRec, width and MLP cut on 256 rows instead of 64",
     "more-drawings": "LeanRec, eight drawings of the streams instead of two",
     "small-steps": "LeanRec, a quarter of the tokens a step",
     "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
