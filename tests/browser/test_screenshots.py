@@ -61,6 +61,7 @@ def name_of(page: str) -> str:
     return path.parent.name if path.stem == "report" else path.stem
 
 
+@pytest.mark.slow
 def test_pictures_are_taken(browser: WebDriver, pages: dict[str, str], folder: Path) -> None:
     for name, address in pages.items():
         for ending, (width, height) in SIZES.items():

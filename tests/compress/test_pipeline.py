@@ -62,6 +62,7 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
     assert restored["losses"][-1]["kl_valid"] < 0.8 * restored["losses"][0]["kl_valid"]
 
 
+@pytest.mark.slow
 def test_an_interruption_anywhere_in_the_stages_changes_nothing(staged, tmp_path, monkeypatch):
     run, whole = staged
     from compress import stages

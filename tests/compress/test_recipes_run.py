@@ -68,6 +68,7 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     assert rates == pytest.approx([6.0 / layers, 12.0 / layers, 18.0])
 
 
+@pytest.mark.slow
 def test_a_deep_model_loses_half_its_layers_first(tmp_path, monkeypatch):
     monkeypatch.setattr("compress.plan.SHALLOW", 1)
     make_tiny_recommender(tmp_path / "deep", num_layers=8)

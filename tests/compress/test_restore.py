@@ -244,6 +244,7 @@ def mean_kl(model, bench):
     return float(loss.valid)
 
 
+@pytest.mark.slow
 def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path):
     calls = []
 
@@ -314,6 +315,7 @@ def test_where_it_ranks_the_best_ranking_is_kept_whatever_the_nll(bench, tmp_pat
     assert [entry["ndcg@10"] for entry in result.course.curve] == ranked
 
 
+@pytest.mark.slow
 def test_a_long_restoration_starts_from_shrunken_weights_and_still_counts_the_cut(
     bench, tmp_path, monkeypatch
 ):

@@ -86,6 +86,7 @@ def test_work_with_another_vocabulary_is_not_gone_on_with(full, tmp_path):
         check_settings(tmp_path, catalog.settings)
 
 
+@pytest.mark.slow
 def test_stages_prune_and_restore_under_the_trimmed_vocabulary(full, tmp_path):
     before, _ = full
     run = prepare(

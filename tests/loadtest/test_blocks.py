@@ -155,6 +155,7 @@ def test_a_lag_that_is_small_beside_the_latency_is_accepted(tmp_path, lag_ms, la
     check_lag(lagging_run(tmp_path, lag_ms, latency_ms))
 
 
+@pytest.mark.slow
 def test_a_stalled_server_cannot_hide_its_queue_from_an_open_loop(serve_stub, prompts, tmp_path):
     """One stall of 1.5 s in a block of 3 s, when the server has answered some requests already."""
     with serve_stub("full", stall_at=30, stall_ms=1500) as running:

@@ -64,6 +64,7 @@ def earlier_children():
     return children()
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_measured(stubs, data_folder, tmp_path, capsys, earlier_children):
     out = tmp_path / "out"
     quality = {

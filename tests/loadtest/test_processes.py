@@ -15,6 +15,15 @@ from loadtest.processes import child_process, kill
 SLEEP = [sys.executable, "-c", "import time; time.sleep(600)"]
 
 
+@pytest.fixture
+def interrupts():
+    """Let SIGINT interrupt: a shell starts what runs in the background with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupt_while_a_process_starts_leaves_none_behind(tmp_path, monkeypatch):
     born = []
 

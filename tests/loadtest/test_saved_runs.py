@@ -98,6 +98,7 @@ def test_files_that_are_no_whole_reports(save, tmp_path, capsys):
         compare_saved(tmp_path / "none.json", whole)
 
 
+@pytest.mark.slow
 def test_the_intervals_of_unpaired_runs_hold_the_truth_95_times_in_100():
     rng = np.random.default_rng(5)
     runs, held = 120, 0

@@ -47,6 +47,7 @@ def test_the_floor_counts_every_matrix(tiny: tuple[Path, Path]) -> None:
     assert request_flops(config, 0, 1) == 2 * matrices
 
 
+@pytest.mark.slow
 def test_products_are_the_same_whoever_runs_them(tiny: tuple[Path, Path]) -> None:
     config = read_recommender(tiny[0]).config
     row = next(row for row in products.measure(config) if row["rows"] == 64)

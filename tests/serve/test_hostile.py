@@ -59,6 +59,7 @@ def test_a_slow_body(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (status, told["instance"]) == (408, "/recommend")
 
 
+@pytest.mark.slow
 def test_a_body_that_nobody_wants(raw: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answered before it was all there; it may not go on for ever."""
     monkeypatch.setattr(protocol, "UNWANTED_S", 0.3)
