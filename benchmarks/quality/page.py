@@ -248,7 +248,7 @@ def _summary(by_data: Mapping[str, Sequence[Row]]) -> Table:
 def _cost_table(rows: Sequence[Row]) -> Table:
     """Return where the time of a compression goes."""
     steps = ("full_read", "full_measured", "cuts", "distillation", "verified_and_tested")
-    cells = [["Data, full model", "Recipe", "Target", "Tokens", *steps, "Total / distillation"]]
+    cells = [["Data, full model", "Recipe", "Target", "Threads", "Tokens", *steps, "Total / distillation"]]
     cells[0] += ["Total / distillation with the full model's reading", "Peak MiB"]
     for row in rows:
         if "seconds_by_step" in row:
@@ -258,6 +258,7 @@ def _cost_table(rows: Sequence[Row]) -> Table:
                     f"{row['data']}, {row['base']}",
                     TITLES[row["recipe"]],
                     row["target"],
+                    str(row["threads"]),
                     f"{row['restoration_tokens'] / 1e6:.2f} M",
                     *(f"{taken[step]:,.0f}" for step in steps),
                     f"{row['seconds'] / taken['distillation']:.2f}",
