@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from models.errors import LeanRecError
+from models.line_tokens import encode_by_lines, line_feed
 from models.template import compile_template
 from models.title_tokens import TitleTokens
 from models.word_tokens import cuts_before_spaces, encode_by_words
@@ -123,14 +124,17 @@ class Prompter:
         return TitleTokens.of(self.tokenizer(texts, add_special_tokens=False)["input_ids"])
 
     def _encode_fast(self, texts: list[str]) -> TitleTokens:
-        """The same without offsets and masks, in half the time; less where words can be told apart."""
+        """The same without offsets and masks, in half the time; less where words or lines are told apart."""
         backend = self.tokenizer.backend_tokenizer
 
         def encode(texts: list[str]) -> TitleTokens:
             encoded = backend.encode_batch_fast(texts, add_special_tokens=False)
             return TitleTokens.of([encoding.ids for encoding in encoded])
 
-        return encode_by_words(texts, encode) if cuts_before_spaces(backend) else encode(texts)
+        if cuts_before_spaces(backend):
+            return encode_by_words(texts, encode)
+        feed = line_feed(backend)
+        return encode(texts) if feed is None else encode_by_lines(texts, encode, feed)
 
     def kept(self, history: Sequence[int]) -> Sequence[int]:
         """Return the newest part of a history that fits `max_history`, cut in whole chunks."""

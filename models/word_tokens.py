@@ -40,11 +40,11 @@ def cuts_before_spaces(tokenizer: Any) -> bool:
     """
     from tokenizers.models import BPE
 
-    splitters = [_is_splitter(part) for part in _parts(tokenizer.pre_tokenizer, "pretokenizers")]
+    splitters = [_is_splitter(part) for part in described(tokenizer.pre_tokenizer, "pretokenizers")]
     return (
         isinstance(tokenizer.model, BPE)
         and not tokenizer.model.dropout
-        and all(part["type"] == "NFC" for part in _parts(tokenizer.normalizer, "normalizers"))
+        and all(part["type"] == "NFC" for part in described(tokenizer.normalizer, "normalizers"))
         and any(splitters)
         and None not in splitters
         and not any(
@@ -54,12 +54,12 @@ def cuts_before_spaces(tokenizer: Any) -> bool:
     )
 
 
-def _parts(component: Any, names: str) -> list[dict[str, Any]]:
+def described(component: Any, names: str) -> list[dict[str, Any]]:
     """Return the descriptions of what a normalizer or pre-tokenizer does, in order."""
     if component is None:
         return []
-    described = json.loads(component.__getstate__())
-    return list(described[names]) if described["type"] == "Sequence" else [described]
+    whole = json.loads(component.__getstate__())
+    return list(whole[names]) if whole["type"] == "Sequence" else [whole]
 
 
 def _is_splitter(part: dict[str, Any]) -> bool | None:
