@@ -124,6 +124,7 @@ def shorten(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "damage", "remove"),
     [

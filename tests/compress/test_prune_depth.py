@@ -80,6 +80,7 @@ def test_every_round_drops_the_layer_missed_least(
     assert pruned.generation_config.eos_token_id == [7, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "qwen3"])
 def test_trials_that_begin_at_a_known_state_find_what_whole_runs_find(
     family, family_config, random_model, calibration_rows, catalogue_trie

@@ -34,6 +34,7 @@ def prepared(full, recipe, shared=None, target="30%"):
     return replace(run, recipe=small)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"leanrec"}))
 def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
     run = prepared(full, recipe)
@@ -49,6 +50,7 @@ def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
     assert ("random" in recipe) == (cuts == [])
 
 
+@pytest.mark.slow
 def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypatch):
     run = prepared(full, "leanrec")
     stages = tuple(replace(stage, learning_rate=6.0 * number) for number, stage in enumerate(run.stages, 1))
@@ -94,6 +96,7 @@ def test_the_shapes_of_the_one_sided_recipes(full):
     assert prepared(full, "random").plan.final == prepared(full, "one-stage").plan.final == everything.final
 
 
+@pytest.mark.slow
 def test_random_weights_come_from_the_seed_and_not_from_the_full_model(full, tmp_path):
     def start(seed, at):
         run = replace(prepared(full, "random"), seed=seed)
@@ -106,6 +109,7 @@ def test_random_weights_come_from_the_seed_and_not_from_the_full_model(full, tmp
     assert not torch.equal(first[name], other[name])
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_the_recipe_share_what_the_full_model_said(full, tmp_path):
     shared = tmp_path / "shared"
     run_stages(prepared(full, "one-stage", shared), tmp_path / "one", PartialState(cpu=True))

@@ -28,7 +28,10 @@ def naive_scores(model, recommender, prompt: list[int]) -> np.ndarray:
     return scores
 
 
-@pytest.mark.parametrize("family", ["llama-untied", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama-untied", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2", "qwen3", "mistral"))],
+)
 def test_search_equals_naive_scoring(tmp_path: Path, family: str) -> None:
     data = make_tiny_recommender(tmp_path / "full", family, num_layers=2)
     recommender = read_recommender(tmp_path / "full")

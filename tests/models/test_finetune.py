@@ -163,6 +163,7 @@ def test_streams_that_teach_nothing_are_refused(
     assert f"{value} {said}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:
     command = [
         sys.executable,
