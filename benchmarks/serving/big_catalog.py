@@ -10,7 +10,6 @@ expansions. CPU seconds stand beside wall time: they bear a busy machine.
 
 import argparse
 import json
-import os
 import re
 import resource
 import shutil
@@ -30,6 +29,7 @@ import numpy as np
 
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import one_thread
 from models.atomic import new_directory, write_json
 from models.catalog import Catalog, make_catalog, write_catalog
 from models.checkpoint import Recommender, read_recommender
@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.items <= SMALL:
         raise UsageError(f"--items {options.items}: must be more than {SMALL}")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    one_thread()
     sizes = (SMALL, options.items)
     model = options.model or trained_recommender("ml-100k", "ml-100k")
     directories = {items: with_catalog(model, items) for items in sizes}

@@ -10,7 +10,6 @@ and `CPU_FORWARD_TOKENS` against others.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import numpy as np
 
 from benchmarks.serving.inside import worker_of
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import one_thread
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import describe_versions, processors
 from models import vllm_engine
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--rounds", type=int, default=24)
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    one_thread()
     found = compare(options.model, options.data, options.rounds)
     keep_rows(Path("benchmarks/serving/settings.json"), found, ("model", "hardware"))
     print(json.dumps(found, indent=1))
