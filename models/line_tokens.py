@@ -5,6 +5,7 @@ one token, at which the tokens of a text are told apart again.
 """
 
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,9 @@ def encode_by_lines(texts: Sequence[str], encode: Encode, feed: int) -> TitleTok
         feed: The token of a line feed.
     """
     is_line = np.fromiter((text.find("\n") == len(text) - 1 >= 0 for text in texts), bool, len(texts))
-    lines = [text for text, whole in zip(texts, is_line, strict=True) if whole]
-    others = [text for text, whole in zip(texts, is_line, strict=True) if not whole]
+    lines = list(compress(texts, is_line))
+    others = list(compress(texts, ~is_line))
     tokens = encode(["".join(lines[at : at + LINES]) for at in range(0, len(lines), LINES)]).tokens
     ends = np.flatnonzero(tokens == feed) + 1
-    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-    found = TitleTokens.concatenate([TitleTokens(tokens, starts, ends - starts), encode(others)])
-    place = np.empty(len(texts), np.int64)
-    place[np.argsort(~is_line, kind="stable")] = np.arange(len(texts))
-    return TitleTokens(found.tokens, found.starts[place], found.lengths[place])
+    starts = np.append(0, ends)[:-1]
+    return TitleTokens.woven(is_line, TitleTokens(tokens, starts, ends - starts), encode(others))

@@ -39,6 +39,18 @@ class TitleTokens(Sequence[list[int]]):
             np.concatenate([part.lengths for part in parts]),
         )
 
+    @staticmethod
+    def woven(is_first: np.ndarray, first: "TitleTokens", second: "TitleTokens") -> "TitleTokens":
+        """Return the rows of two parts in one order.
+
+        Args:
+            is_first: bool `[titles]`: whether the next row of `first` stands there, or of `second`.
+        """
+        both = TitleTokens.concatenate([first, second])
+        place = np.empty(len(is_first), np.int64)
+        place[np.argsort(~is_first, kind="stable")] = np.arange(len(is_first))
+        return TitleTokens(both.tokens, both.starts[place], both.lengths[place])
+
     def without(self, prefix: Sequence[int]) -> "TitleTokens | None":
         """Return the rows less a prefix that they all begin with, or None where one does not."""
         if len(self) and self.lengths.min() < len(prefix):

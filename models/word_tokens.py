@@ -81,12 +81,12 @@ def encode_by_words(texts: Sequence[str], encode: Encode) -> TitleTokens:
     """
     column = pa.array(texts, pa.large_string())
     whole = pc.match_substring_regex(column, _TWO_SPACES)
-    rows = np.argsort(whole.to_numpy(zero_copy_only=False), kind="stable")
-    parts = [_joined(column.filter(pc.invert(whole)), encode), encode(column.filter(whole).to_pylist())]
-    found = TitleTokens.concatenate(parts)
-    place = np.empty(len(rows), np.int64)
-    place[rows] = np.arange(len(rows))
-    return TitleTokens(found.tokens, found.starts[place], found.lengths[place])
+    by_words = pc.invert(whole)
+    return TitleTokens.woven(
+        by_words.to_numpy(zero_copy_only=False),
+        _joined(column.filter(by_words), encode),
+        encode(column.filter(whole).to_pylist()),
+    )
 
 
 def _joined(texts: pa.Array, encode: Encode) -> TitleTokens:

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.serving.checkpoints import trained_recommender
+from benchmarks.serving.one_thread import one_thread
 
 INTERVAL = 0.004
 PORT = 8765
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--data", default="ml-100k")
     parser.add_argument("--seconds", type=float, default=30.0)
     options = parser.parse_args()
+    one_thread()
     directory = options.model or trained_recommender("ml-100k", "ml-100k")
     found = profile(directory, options.data, options.seconds)
     Path("benchmarks/serving/profile.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
@@ -55,7 +57,6 @@ def main() -> None:
 
 def profile(directory: Path, data: str, seconds: float) -> dict[str, Any]:
     """Return the shares of each kind of work, and the functions most often found at work."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     from serve import cli
 
     clients = multiprocessing.get_context("spawn").Process(
