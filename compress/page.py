@@ -39,12 +39,12 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
         ),
         *_quantization(report),
         "<h2>Stage by stage</h2>",
-        "<p class=note>Measured on validation users: right after each cut, and after its restoration.</p>",
+        "<p class=note>Negative log-likelihood of the next item among the whole catalogue, in nats, of "
+        "validation users: right after each cut, and after its restoration.</p>",
         _stage_table(report, evidence),
         _stage_figures(report, evidence),
         "<h2>Restoration</h2>",
-        "<p class=note>Negative log-likelihood of the next item among the whole catalogue, in nats; the best "
-        "state of each stage went on.</p>",
+        "<p class=note>The best state of each stage went on.</p>",
         _restoration_figures(evidence),
         "<h2>Importance</h2>",
         _importance_figures(evidence),
@@ -130,46 +130,32 @@ def _bars(report: dict[str, Any], metric: str) -> list[Bar]:
 
 
 def _stage_table(report: dict[str, Any], evidence: Evidence) -> str:
-    full = evidence.full["metrics"]
-    rows = [["full model", f"{report['parameters']['full']['non_embedding']:,}", "", *_quality(full)]]
+    full = report["parameters"]["full"]["non_embedding"]
+    rows = [["full model", f"{full:,}", "", f"{evidence.full['metrics']['nll']:.3f}"]]
     for number, stage in enumerate(report["stages"], 1):
-        count = f"{stage['parameters']['non_embedding']:,}"
-        rows.append([f"{number} {stage['name']}: cut", count, "", *_quality(stage["metrics"]["cut"])])
-        rows.append(
-            [
-                f"{number} {stage['name']}: restored",
-                count,
-                f"{stage['seconds']:.0f} s",
-                *_quality(stage["metrics"]["restored"]),
-            ]
-        )
-    return _table(["stage", "non-embedding parameters", "time", "HR@10", "NDCG@10", "NLL per item"], rows)
-
-
-def _quality(metrics: dict[str, float]) -> list[str]:
-    return [f"{metrics['hr@10']:.4f}", f"{metrics['ndcg@10']:.4f}", f"{metrics['nll']:.3f}"]
+        count, name = f"{stage['parameters']['non_embedding']:,}", f"{number} {stage['name']}"
+        cut, restored = (f"{stage['metrics'][state]['nll']:.3f}" for state in ("cut", "restored"))
+        rows.append([f"{name}: cut", count, "", cut])
+        rows.append([f"{name}: restored", count, f"{stage['seconds']:.0f} s", restored])
+    return _table(["stage", "non-embedding parameters", "time", "NLL per item"], rows)
 
 
 def _stage_figures(report: dict[str, Any], evidence: Evidence) -> str:
     bars = [Bar("full", report["parameters"]["full"]["non_embedding"])]
     bars += [Bar(s["name"], s["parameters"]["non_embedding"]) for s in report["stages"]]
-    full = evidence.full["metrics"]
-    lines = []
-    for metric, label in (("ndcg@10", "NDCG@10"), ("hr@10", "HR@10")):
-        points = [(0.0, full[metric])]
-        for number, stage in enumerate(report["stages"], 1):
-            points += [
-                (number - 0.5, stage["metrics"]["cut"][metric]),
-                (float(number), stage["metrics"]["restored"][metric]),
-            ]
-        lines.append(Line(label, points))
+    points = [(0.0, evidence.full["metrics"]["nll"])]
+    for number, stage in enumerate(report["stages"], 1):
+        points += [
+            (number - 0.5, stage["metrics"]["cut"]["nll"]),
+            (float(number), stage["metrics"]["restored"]["nll"]),
+        ]
     return _figures(
         _figure(
             "Non-embedding parameters", bar_chart(bars, y_label="parameters", title="Parameters by stage")
         ),
         _figure(
-            "Quality: a half is a cut, a whole its restoration",
-            line_chart(lines, x_label="stage", y_label="validation", title="Quality by stage"),
+            "NLL: a half is a cut, a whole its restoration",
+            line_chart([Line("NLL", points)], x_label="stage", y_label="NLL per item", title="NLL by stage"),
         ),
     )
 

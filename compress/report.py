@@ -63,7 +63,10 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
             "name": name,
             "seconds": round(cut["seconds"] + restored["seconds"], 1),
             "parameters": _counts(counts),
-            "metrics": {"cut": cut["metrics"], "restored": restored["metrics"]},
+            "metrics": {
+                "cut": _evaluated(restored["curve"][0]),
+                "restored": _evaluated(restored["curve"][restored["best"]]),
+            },
             "curve": restored["curve"],
         }
         for name, cut, restored, counts in zip(
@@ -103,6 +106,11 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
 def stage_names(plan: Plan) -> list[str]:
     """Return what each stage cut, in words."""
     return [", ".join(CUT_NAMES[cut] for cut in cuts) or "random weights" for cuts in plan.cuts]
+
+
+def _evaluated(point: dict[str, float]) -> dict[str, float]:
+    """Return what a point of a curve says of a model, without where it lies."""
+    return {name: value for name, value in point.items() if name != "tokens"}
 
 
 def _retained(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:

@@ -49,9 +49,10 @@ class Course:
 
     steps: int
     tokens: int
-    best_step: int
+    best: int
+    """the evaluation, an index of `curve`, of the state that was kept"""
     curve: list[dict[str, float]]
-    """by evaluation: `tokens`, `nll`, and `ndcg@10` where that chose the best"""
+    """by evaluation, the first right after the cut: `tokens`, `nll`, and `ndcg@10` where that chose"""
     losses: list[dict[str, float]]
     """by log entry: `tokens`, `loss`, `kl_valid`, `kl_vocabulary`"""
 
@@ -115,15 +116,17 @@ def restore(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
     tokens_a_step = settings.batch_rows * rows.mean_tokens
-    curve = _entries(state.log_history, ("eval_nll", "eval_ndcg@10")[: 2 if rank else 1], tokens_a_step)
+    measured = ("eval_nll", "eval_ndcg@10")[: 2 if rank else 1]
+    curve = _entries(state.log_history, measured, tokens_a_step)
     best_step = state.best_global_step or 0
     sign = -1 if rank else 1
     if sign * curve[0][chosen_by] <= min(sign * entry[chosen_by] for entry in curve[1:]):
         best_step = 0
+    evaluated = [entry["step"] for entry in state.log_history if measured[0] in entry]
     course = Course(
         steps=state.global_step,
         tokens=round(state.global_step * tokens_a_step),
-        best_step=best_step,
+        best=evaluated.index(best_step),
         curve=curve,
         losses=_entries(state.log_history, ("loss", "kl_valid", "kl_vocabulary"), tokens_a_step),
     )

@@ -67,7 +67,7 @@ def step_names(plan: Plan) -> tuple[str, ...]:
 def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     """Do what is not finished of: the full model's measures, then cut and restoration of each stage.
 
-    The main process cuts and measures; all processes read with the teacher and restore.
+    The main process cuts; all processes read with the teacher and restore.
     """
     shared = run.shared or work
     teacher = load_model(run.full, torch.float32, run.device)
@@ -109,7 +109,11 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     )
     with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():
         _step(
-            bench, "full", "full model", lambda: ({"metrics": bench.yardstick.measure(teacher)}, None), shared
+            bench,
+            "full",
+            "full model: on validation users",
+            lambda: ({"metrics": {"nll": bench.yardstick.nll(teacher)}}, None),
+            shared,
         )
     for stage, name in enumerate(step_names(run.plan)):
         if finished(work, name) is None:
@@ -140,10 +144,7 @@ def _cut(bench: Bench, stage: int, name: str) -> None:
                 told.append(report)
         if not cuts:
             model = random_model(model.config, run.plan.stages[stage], run.seed).to(run.device)
-        return {
-            "metrics": bench.yardstick.measure(model),
-            "surgery": [report.to_json() for report in told],
-        }, model
+        return {"surgery": [report.to_json() for report in told]}, model
 
     _step(bench, f"{name}-cut", f"{_heading(run, stage)}: cut", make)
 
@@ -190,12 +191,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     )
 
     def make() -> tuple[dict[str, Any], PreTrainedModel]:
-        metrics = bench.yardstick.measure(result.model.to(run.device))
-        return {
-            **asdict(result.course),
-            "metrics": metrics,
-            "seconds": time.monotonic() - begun,
-        }, result.model
+        return {**asdict(result.course), "seconds": time.monotonic() - begun}, result.model
 
     _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
@@ -226,7 +222,7 @@ def _step(
     """Let the main process do a step unless it is finished; the others wait for it."""
     place = place or bench.work
     if bench.processes.is_main_process and finished(place, name) is None:
-        print(f"{heading}; quality on validation users", file=sys.stderr, flush=True)
+        print(heading, file=sys.stderr, flush=True)
         set_seed(bench.run.seed)
         begun = time.monotonic()
         with fast_products(bench.run.device):

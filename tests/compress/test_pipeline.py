@@ -17,6 +17,7 @@ from accelerate import PartialState
 
 from compress import work
 from compress.job import Job
+from compress.measure import Yardstick
 from compress.pipeline import prepare
 from compress.result import result_of
 from compress.stages import run_stages, step_names
@@ -56,7 +57,10 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
         model = work.load_step_model(directory, name)
         assert Shape.of(model.config) == run.plan.stages[stage]
         best = min(entry["nll"] for entry in restored["curve"])
-        assert restored["metrics"]["nll"] == pytest.approx(best, abs=1e-4)
+        assert restored["curve"][restored["best"]]["nll"] == best
+        validation = run.data.valid.sample(run.recipe.validation_users, run.seed)
+        with torch.no_grad():
+            assert Yardstick(run.teacher, validation).nll(model) == pytest.approx(best, abs=1e-4)
         assert cut["surgery"][0]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"
     assert restored["losses"][-1]["kl_valid"] < 0.8 * restored["losses"][0]["kl_valid"]

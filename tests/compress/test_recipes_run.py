@@ -60,7 +60,7 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     def restored(start, *, settings, **_):
         rates.append(settings.learning_rate)
         model = AutoModelForCausalLM.from_pretrained(start)
-        return Restored(model, Course(steps=1, tokens=1, best_step=1, curve=[], losses=[]))
+        return Restored(model, Course(steps=1, tokens=1, best=0, curve=[], losses=[]))
 
     monkeypatch.setattr("compress.stages.restore", restored)
     monkeypatch.setattr("compress.recipe.SHALLOW", 1)

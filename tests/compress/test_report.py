@@ -47,6 +47,7 @@ def test_report_has_the_stable_keys(evidence):
     assert compared["difference"] == pytest.approx(0.25)
     assert compared["difference_ci95"][0] <= 0.25 <= compared["difference_ci95"][1]
     assert [set(stage) for stage in report["stages"]] == [STAGE_KEYS] * 3
+    assert report["stages"][0]["metrics"] == {"cut": {"nll": 5.0}, "restored": {"nll": 4.6}}
     assert report["seconds"] == sum(report["seconds_by_step"].values())
     assert report["seconds"] == pytest.approx(11 + 5 + 3 * 30 + 7)
     assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
@@ -91,6 +92,7 @@ def test_page_stands_alone_and_holds_the_numbers(evidence):
         f"{PLAN.stage_counts[-1]:,}",
         f"HR@10 {2 / 3:.1%}",
         "0.0900 [0.0810, 0.0990]",
+        "1 heads and hidden width: restored" + f"{PLAN.stage_counts[0]:,}" + "30 s4.600",
         "layer 1, query head 2: 0.5 (removed)",
     ):
         assert text in read

@@ -99,8 +99,8 @@ def test_stages_prune_and_restore_under_the_trimmed_vocabulary(full, tmp_path):
     assert len(model.get_input_embeddings().weight) == model.config.vocab_size
     # The teacher under the trimmed vocabulary is as good as the full model, measured by itself.
     validation = run.data.valid.sample(10, run.seed)
-    measured = Yardstick(before, validation).measure(load_model(before))
-    assert finished(tmp_path, "full")["metrics"] == pytest.approx(measured, abs=1e-4)
+    measured = Yardstick(before, validation).nll(load_model(before))
+    assert finished(tmp_path, "full")["metrics"]["nll"] == pytest.approx(measured, abs=1e-4)
 
 
 @pytest.mark.slow
