@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from compress.achieved import achieved
@@ -36,7 +37,7 @@ from models.atomic import write_json, write_text
 from models.checkpoint import Recommender, load_model, read_recommender, write_recommender
 from models.data import Examples
 from models.errors import LeanRecError
-from models.evaluate import Evaluation, evaluate, evaluate_baselines
+from models.evaluate import evaluate, evaluate_baselines
 from models.metrics import Paired, paired, target_ranks
 from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
@@ -177,17 +178,25 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
     )
 
 
-def _as_served(recommender: Recommender, users: Examples) -> Evaluation:
-    """Return what the engine that serves gives these users: in the precision of serving, and many times
-    faster for a large model than ranking in transformers."""
-    return evaluate(ServedEngine(recommender.directory), recommender.prompter, users, batch_size=len(users))
+def _as_served(recommender: Recommender, users: Examples) -> dict[str, Any]:
+    """Return the `metrics` and `lists` of what the engine that serves gives these users: in the precision of
+    serving, and many times faster for a large model than ranking in transformers."""
+    engine = ServedEngine(recommender.directory, users.targets.tolist())
+    found = evaluate(engine, recommender.prompter, users, batch_size=len(users))
+    return {
+        "metrics": {**found.to_json(), "nll": -float(np.mean(engine.target_scores))},
+        "lists": found.lists,
+    }
 
 
-def _in_transformers(recommender: Recommender, users: Examples, device: str) -> Evaluation:
+def _in_transformers(recommender: Recommender, users: Examples, device: str) -> dict[str, Any]:
     """Return the same by transformers, in the precision of training."""
-    engine = TransformersEngine(load_model(recommender, torch.float32, device), recommender.trie)
+    model = load_model(recommender, torch.float32, device)
     with fast_products(device):
-        return evaluate(engine, recommender.prompter, users, batch_size=EVALUATED)
+        engine = TransformersEngine(model, recommender.trie)
+        found = evaluate(engine, recommender.prompter, users, batch_size=EVALUATED)
+    nll = Yardstick(recommender, users).nll(model)
+    return {"metrics": {**found.to_json(), "nll": nll}, "lists": found.lists}
 
 
 def _quantized(
@@ -207,7 +216,7 @@ def _quantized(
     if tests is None:
         print("test quantized in vLLM", file=sys.stderr, flush=True)
         found = _as_served(read_recommender(directory), run.data.test)
-        facts = {"unquantized": unquantized, "quantized": found.to_json(), "lists": found.lists}
+        facts = {"unquantized": unquantized, "quantized": found["metrics"], "lists": found["lists"]}
         tests = save_step(work, step, facts)
     return directory, Quantized(scheme=run.quantize, bytes_before=bytes_before, tests=tests, parity=parity)
 
@@ -257,10 +266,8 @@ def _ranked(run: Run, name: str, recommender: Recommender, place: Path) -> dict[
         print(f"test {name} in {run.ranked_by}", file=sys.stderr, flush=True)
         users = run.data.test
         if run.ranked_by == "vllm":
-            result = _as_served(recommender, users)
+            found = _as_served(recommender, users)
         else:
-            result = _in_transformers(recommender, users, run.device)
-        model = load_model(recommender, torch.float32, run.device)
-        metrics = {**result.to_json(), "nll": Yardstick(recommender, users).nll(model)}
-        tested = save_step(place, f"ranked-{name}", {"metrics": metrics, "lists": result.lists})
+            found = _in_transformers(recommender, users, run.device)
+        tested = save_step(place, f"ranked-{name}", found)
     return tested

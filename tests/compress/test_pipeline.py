@@ -167,6 +167,12 @@ def test_the_result_is_a_whole_recommender_with_its_reports(full, finished):
     for name in ("full", "pruned"):
         hits = [target in ranked for (_, target, _), ranked in lists[name].items()]
         assert np.mean(hits) == pytest.approx(report["metrics"][name]["test"]["hr@10"])
+    users = prepare(Job(target=TARGET, device="cpu"), full, "cpu").data.test
+    for name, directory in (("full", full), ("pruned", out)):
+        measured = read_recommender(directory)
+        # The engine that serves may multiply in bf16.
+        nll = Yardstick(measured, users).nll(load_model(measured))
+        assert report["metrics"][name]["test"]["nll"] == pytest.approx(nll, abs=0.01)
     front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
     assert front["library_name"] == "transformers"
     assert front["model-index"][0]["results"][0]["metrics"][0]["type"] == "hr@10"
