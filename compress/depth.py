@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
 from compress.layer_states import LayerStates, States
+from compress.lazy_greedy import cheapest
 from compress.prunerec import perplexity
 from compress.rebuild import rebuild
 from compress.stage import StageReport
@@ -29,10 +30,7 @@ def prune_depth(
     """Return the model with the shape's number of layers.
 
     Again and again the layer goes whose removal leaves the smallest KL to the model given (or the smallest
-    perplexity of the calibration titles). Without a
-    layer more, removing another costs more, hardly ever less; so a layer's KL of an earlier round bounds
-    its KL now, and a round tries layers in that order until one is below the next one's bound. Layer 0
-    always stays: it turns tokens into what all others read.
+    perplexity of the calibration titles). Layer 0 always stays: it turns tokens into what all others read.
     """
     valid = ValidTokens(trie, model.device)
     kept = list(range(model.config.num_hidden_layers))
@@ -41,7 +39,7 @@ def prune_depth(
         reference = reference_scores(model, entering, valid)
     states.settle(0, seen)
 
-    def cost_without(layer: int) -> tuple[float, States]:
+    def without(layer: int) -> tuple[float, States]:
         with states.trying(layer, [other for other in kept if other != layer]) as (entering, seen):
             if by == "perplexity":
                 return perplexity(model, entering), seen
@@ -51,14 +49,7 @@ def prune_depth(
     rounds: list[list[float]] = []
     bounds = dict.fromkeys(kept[1:], 0.0)
     while len(kept) > shape.num_layers:
-        tried: dict[int, float] = {}
-        gone, seen = 0, States()  # 0, which stays: none yet
-        for layer in sorted(bounds, key=lambda layer: (bounds[layer], -layer)):
-            if tried and min(tried.values()) <= bounds[layer]:
-                break
-            tried[layer], seen_without = cost_without(layer)
-            if not gone or (tried[layer], -layer) < (tried[gone], -gone):
-                gone, seen = layer, seen_without
+        gone, seen, tried = cheapest(bounds, bounds, lambda layer: -layer, without)
         states.settle(gone, seen)
         bounds |= tried
         del bounds[gone]

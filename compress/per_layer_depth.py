@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from compress.calibrate import CalibrationBatch, calibration_kl, reference_scores
 from compress.halves import Half, assemble, halves_of, only_halves, weight_of
 from compress.layer_states import LayerStates, States
+from compress.lazy_greedy import cheapest
 from compress.per_layer_mlp import share_neurons
 from compress.stage import StageReport
 from models.families import Traits, non_embedding_parameters
@@ -28,9 +29,8 @@ def drop_halves(
     """Return the model with at most `budget` non-embedding parameters, and at most 1 % fewer.
 
     Again and again the half goes whose removal adds least to the KL to the model given, for each of its
-    parameters. Once every half weighs more than what is left to remove, MLPs are narrowed instead. As in
-    `compress.depth`, a half's price of an earlier round bounds its price now. One attention and one MLP
-    stay in any case.
+    parameters. Once every half weighs more than what is left to remove, MLPs are narrowed instead. One
+    attention and one MLP stay in any case.
 
     Args:
         model: of LeanRec's own class.
@@ -58,25 +58,22 @@ def drop_halves(
         last = {kind for kind in ("attention", "mlp") if sum(half.kind == kind for half in kept) == 1}
         return [h for h in kept if h.kind not in last and 100 * (count - weight[h]) > 99 * budget]
 
+    def without(half: Half) -> tuple[float, States]:
+        others = [other for other in kept if other != half]
+        with only_halves(model, others), states.trying(half.layer, layers) as (entering, seen):
+            kls[half] = calibration_kl(model, entering, valid, reference)
+        return max(kls[half] - kl, 0.0) / weight[half], seen
+
     while count > budget and (candidates := removable()):
-        tried: dict[Half, float] = {}
-        gone, seen = None, States()
-        for half in sorted(candidates, key=lambda half: (prices[half], -weight[half])):
-            if tried and min(prices[other] for other in tried) <= prices[half]:
-                break
-            others = [other for other in kept if other != half]
-            with only_halves(model, others), states.trying(half.layer, layers) as (entering, seen_without):
-                tried[half] = calibration_kl(model, entering, valid, reference)
-            prices[half] = max(tried[half] - kl, 0.0) / weight[half]
-            if gone is None or (prices[half], -weight[half]) < (prices[gone], -weight[gone]):
-                gone, seen = half, seen_without
-        assert gone is not None
+        kls: dict[Half, float] = {}
+        gone, seen, tried = cheapest(candidates, prices, lambda half: -weight[half], without)
+        prices |= tried
         states.settle(gone.layer, seen)
-        kl = tried[gone]
+        kl = kls[gone]
         count -= weight[gone]
         kept.remove(gone)
         dropped.append(gone)
-        rounds.append([tried.get(half, NOT_TRIED) for half in every])
+        rounds.append([kls.get(half, NOT_TRIED) for half in every])
     pruned = assemble(model, model.state_dict(), kept)
     narrowed = {}
     if count > budget:

@@ -15,6 +15,7 @@ from compress.apart import run_apart
 from models.errors import LeanRecError
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
     told = tmp_path / "told"
     script = (
@@ -49,6 +50,7 @@ def test_what_fails_apart_says_why_and_the_next_is_answered(tmp_path):
     assert run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path) == {"waited": False}
 
 
+@pytest.mark.slow
 def test_requests_are_forks_of_one_server_and_a_new_one_starts_where_it_ended(tmp_path):
     asked = [run_apart("tests.compress.waits_apart:where", {}, tmp_path) for _ in range(2)]
     assert asked[0]["process"] != asked[1]["process"]
@@ -62,6 +64,7 @@ def test_requests_are_forks_of_one_server_and_a_new_one_starts_where_it_ended(tm
     assert run_apart("tests.compress.waits_apart:where", {}, tmp_path)["server"] != asked[0]["server"]
 
 
+@pytest.mark.slow
 def test_what_does_not_answer_in_time_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(apart, "TIMEOUT_SECONDS", 3)
     told = tmp_path / "told"

@@ -181,6 +181,7 @@ def test_every_round_drops_the_half_that_costs_least_for_its_size(
     assert report.importances["halves"][0] == pytest.approx(kls)
 
 
+@pytest.mark.slow
 def test_trials_of_halves_that_begin_at_a_known_state_find_what_whole_runs_find(
     family_config, random_model, calibration_rows, catalogue_trie
 ):

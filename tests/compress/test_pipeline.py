@@ -50,6 +50,7 @@ def staged(full, tmp_path_factory):
     return run, directory
 
 
+@pytest.mark.slow
 def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
     run, directory = staged
     for stage, name in enumerate(step_names(run.plan)):
@@ -88,8 +89,8 @@ def test_an_interruption_anywhere_in_the_stages_changes_nothing(staged, tmp_path
     assert (tmp_path / last).read_bytes() == (whole / last).read_bytes()
 
 
-def test_settings_that_differ_are_told(staged, tmp_path):
-    run, _ = staged
+def test_settings_that_differ_are_told(full, tmp_path):
+    run = prepare(Job(target=TARGET, device="cpu"), full, "cpu")
     work.check_settings(tmp_path, run.settings)
     work.check_settings(tmp_path, run.settings)
     with pytest.raises(LeanRecError, match=r"seed was 0, now 1.*remove that folder to start anew"):

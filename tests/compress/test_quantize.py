@@ -164,6 +164,7 @@ def test_a_quantised_model_is_not_pruned(capsys, pair, tmp_path):
     assert "--quantize" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_a_cpu_that_multiplies_int8_wrongly_is_told_before_any_work(pair, tmp_path, monkeypatch):
     facts, out = tmp_path / "cpuinfo", tmp_path / "out"

@@ -351,6 +351,7 @@ def test_a_long_restoration_starts_from_shrunken_weights_and_still_counts_the_cu
     assert torch.equal(head_of(resumed.model), head_of(whole.model))
 
 
+@pytest.mark.slow
 def test_a_short_restoration_mends_the_weights_as_they_are(bench, tmp_path):
     steps, _ = training_steps(bench.rows, SETTINGS)
     assert steps < SHORT_RUN_STEPS

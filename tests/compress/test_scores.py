@@ -13,6 +13,7 @@ def model(family_config, random_model):
     return random_model(family_config("llama-tied"))
 
 
+@pytest.mark.slow
 def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(model, calibration_rows, catalogue_trie):
     found = prunerec.width_scores(model, calibration_rows, ValidTokens(catalogue_trie))
     prompts = prunerec._prompts(calibration_rows)

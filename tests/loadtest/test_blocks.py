@@ -44,6 +44,7 @@ def rows_of(tmp_path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_block_asks_fresh_prompts_and_counts_its_window(serve_stub, prompts, tmp_path):
     log = tmp_path / "prompts.jsonl"
     with serve_stub("full", delay_ms=20, log=str(log)) as running:

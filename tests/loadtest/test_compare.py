@@ -87,6 +87,7 @@ def test_a_drift_that_hits_both_deployments_of_a_pair_cancels():
     assert ratios["p50"].interval == pytest.approx((3, 3))
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_true_ratio_95_times_in_100():
     rng = np.random.default_rng(1)
     runs, held = 120, {"p95": 0, "throughput": 0}

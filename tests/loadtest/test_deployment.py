@@ -65,6 +65,7 @@ def test_a_deployment_that_ends_at_once_shows_its_log(make_stub, tmp_path):
         pytest.fail("was taken for ready")
 
 
+@pytest.mark.slow
 def test_a_deployment_that_never_gets_ready_is_stopped(make_stub, monkeypatch, tmp_path):
     monkeypatch.setattr(deployment, "READY_TIMEOUT_S", 2.0)
     directory = make_stub("full", never_ready=True)

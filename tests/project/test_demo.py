@@ -181,6 +181,7 @@ def test_a_recommendation_is_asked_for_over_http(tmp_path):
     assert {item["title"] for item in items} <= set(data.catalog.titles)
 
 
+@pytest.mark.slow
 def test_a_service_that_does_not_start_is_told_with_its_log(tmp_path):
     with pytest.raises(LeanRecError, match=r"(?s)the full deployment ended .*no-such-model"):
         demo.ask("full", tmp_path / "no-such-model", ["1"], tmp_path / "serve.log")
