@@ -135,13 +135,8 @@ def test_a_compression(browser: WebDriver, tmp_path: Path, kind: str) -> None:
     for number, stage in enumerate(report["stages"], 1):
         for moment in ("cut", "restored"):
             row = stages[f"{number} {stage['name']}: {moment}"]
-            measured = stage["metrics"][moment]
             assert row[0] == f"{stage['parameters']['non_embedding']:,}"
-            assert row[2:] == [
-                f"{measured['hr@10']:.4f}",
-                f"{measured['ndcg@10']:.4f}",
-                f"{measured['nll']:.3f}",
-            ]
+            assert row[2:] == [f"{stage['metrics'][moment]['nll']:.3f}"]
     (plot,) = (plot for plot in page["plots"] if plot["title"] == "Parameters by stage")
     named = " ".join(text["text"] for text in plot["texts"])
     assert all(word in named for stage in report["stages"] for word in stage["name"].split())

@@ -36,10 +36,12 @@ def test_a_killed_run_leaves_no_process_and_no_files_behind(tmp_path):
     assert not list(temporary.glob("compress-*"))
 
 
+@pytest.mark.slow
 def test_what_is_asked_apart_answers_and_ends(tmp_path):
     assert run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path) == {"waited": False}
 
 
+@pytest.mark.slow
 def test_what_fails_apart_says_why_and_the_next_is_answered(tmp_path):
     with pytest.raises(LeanRecError, match="could not run it: RuntimeError: no such thing"):
         run_apart("tests.compress.waits_apart:fail", {"message": "no such thing"}, tmp_path)

@@ -32,6 +32,7 @@ def wheel_names(tmp_path_factory):
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_module_and_no_weights(wheel_names):
     tops = {name.split("/")[0] for name in wheel_names}
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
@@ -42,6 +43,7 @@ def test_the_wheel_holds_every_module_and_no_weights(wheel_names):
     assert [name for name in wheel_names if name.endswith("licenses/LICENSE")]
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_files_that_are_not_python(wheel_names):
     data = PROJECT["tool"]["setuptools"]["package-data"]
     for package, names in data.items():
