@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from models.errors import UsageError, run_command
+from models.sources import find_source
 
 RECIPES = ("leanrec", "prunerec", "one-stage", "depth-only", "width-only", "random", "random-targets")
 """those of `compress.recipe`, which takes seconds to import"""
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(f"--restore-tokens {arguments.restore_tokens}: must be a positive number of tokens")
     if not 0 <= arguments.seed < 2**32:
         raise UsageError(f"--seed {arguments.seed}: must be between 0 and 4294967295")
+    if arguments.data is not None:
+        find_source(arguments.data)  # a wrong name is told before PyTorch is imported, which takes seconds
     from compress.pipeline import Job, compress
 
     compress(

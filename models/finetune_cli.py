@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from models.errors import run_command
+from models.sources import find_source
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,6 +80,7 @@ def _piece(text: str) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
+    find_source(options.data)  # a wrong name is told before PyTorch is imported, which takes seconds
     from models.finetune import FinetuneConfig, finetune
     from models.prompt import STREAM_TEMPLATE
 

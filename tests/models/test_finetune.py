@@ -161,22 +161,3 @@ def test_streams_that_teach_nothing_are_refused(
         main(["--base", "demo", "--data", "x", "--out", "o", option, value])
     assert refused.value.code == 2
     assert f"{value} {said}" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_the_command_reports_bad_input_in_one_line(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "models.finetune_cli",
-        "--base",
-        "demo",
-        "--data",
-        "absent",
-        "--out",
-        "o",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: data 'absent'")
-    assert "Traceback" not in done.stderr

@@ -57,11 +57,11 @@ def test_the_wheel_holds_the_files_that_are_not_python(wheel_names):
     assert beside <= wheel_names
 
 
-@pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))
-def test_a_command_shows_its_help_without_loading_torch(command):
+def watched(command, *arguments):
+    """Run a command; the last line of stderr says what slow to import it imported."""
     module, function = PROJECT["project"]["scripts"][command].split(":")
     code = (
-        f"import sys; sys.argv = [{command!r}, '--help']\n"
+        f"import sys; sys.argv = {[command, *arguments]!r}\n"
         f"from {module} import {function}\n"
         "try:\n"
         f"    {function}()\n"
@@ -69,10 +69,25 @@ def test_a_command_shows_its_help_without_loading_torch(command):
         "    heavy = {'torch', 'transformers', 'vllm', 'locust'} & set(sys.modules)\n"
         "    print(sorted(heavy), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))
+def test_a_command_shows_its_help_without_loading_torch(command):
+    done = watched(command, "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: {command}")
     assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("finetune", ("--base", "demo", "--out", "o")), ("compress", ("--target", "5%"))],
+)
+def test_data_that_is_not_there_is_told_before_torch_is_loaded(command, more):
+    done = watched(command, "--data", "absent", *more)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: data 'absent': neither 'ml-100k' nor a folder", "[]"]
 
 
 @pytest.mark.parametrize("command", sorted(PROJECT["project"]["scripts"]))
