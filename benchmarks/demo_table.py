@@ -64,7 +64,9 @@ def _memory(load_test: Mapping[str, Any]) -> list[Row]:
     for label, key in shown.items():
         full, pruned = (side["memory"].get(key) for side in sides)
         if full and pruned:
-            rows.append((label, mib(full), mib(pruned), f"{pruned / full:.1%}"))
+            # Pages of libraries come and go; what small models take above an engine can drown in them.
+            ratio = f"{pruned / full:.1%}" if min(full, pruned) > 0 else "no ratio: too little to tell"
+            rows.append((label, mib(full), mib(pruned), ratio))
     full, pruned = (side["startup_seconds"] for side in sides)
     if full and pruned:
         rows.append(("start until ready", f"{full:.1f} s", f"{pruned:.1f} s", f"{pruned / full:.1%}"))

@@ -1,5 +1,6 @@
 """The demonstration's own logic: what it reuses, how it fails, what its table says."""
 
+import copy
 import json
 import os
 
@@ -59,8 +60,8 @@ LOAD_TEST = {
 }
 
 
-def _table():
-    lines = demo_table(COMPRESSION, LOAD_TEST).splitlines()
+def _table(load_test=LOAD_TEST):
+    lines = demo_table(COMPRESSION, load_test).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in rows}
 
@@ -87,6 +88,14 @@ def test_the_table_tells_every_figure_of_the_two_reports():
     assert table["p50 (ms), 1 user"][2] == "1.00 [0.90, 1.10], no difference shown"
     assert table["p99 (ms), 1 user"][2] == "not stated: too few requests"
     assert "GPU memory, peak" not in table
+
+
+def test_memory_that_drowns_in_the_engines_own_gets_no_ratio():
+    load_test = copy.deepcopy(LOAD_TEST)
+    for side, mebibytes in (("full", 18), ("pruned", -14)):
+        load_test["deployments"][side]["memory"]["above_empty_bytes"] = mebibytes << 20
+    found = _table(load_test)["memory above an empty engine"]
+    assert found == ["18.0 MiB", "-14.0 MiB", "no ratio: too little to tell"]
 
 
 def test_the_table_is_markdown_of_equal_width():
