@@ -29,7 +29,7 @@ class Yardstick:
         return -float(np.mean(found))
 
     def ndcg(self, model: PreTrainedModel) -> float:
-        """Return NDCG@10 by exact search; it takes several times as long."""
+        """Return NDCG@10 by exact search."""
         engine = TransformersEngine(model, self.recommender.trie)
         with fast_products(model.device.type):
             found = evaluate(engine, self.recommender.prompter, self.examples, batch_size=len(self.examples))

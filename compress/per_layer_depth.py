@@ -50,8 +50,8 @@ def drop_halves(
     every = list(kept)
     weight = {half: weight_of(half, shape, traits) for half in kept}
     prices = dict.fromkeys(kept, 0.0)
+    kls: dict[Half, float] = {}
     rounds: list[list[float]] = []
-    dropped: list[Half] = []
     kl, count = 0.0, non_embedding_parameters(model.config)
 
     def removable() -> list[Half]:
@@ -65,15 +65,13 @@ def drop_halves(
         return max(kls[half] - kl, 0.0) / weight[half], seen
 
     while count > budget and (candidates := removable()):
-        kls: dict[Half, float] = {}
         gone, seen, tried = cheapest(candidates, prices, lambda half: -weight[half], without)
         prices |= tried
         states.settle(gone.layer, seen)
         kl = kls[gone]
         count -= weight[gone]
         kept.remove(gone)
-        dropped.append(gone)
-        rounds.append([kls.get(half, NOT_TRIED) for half in every])
+        rounds.append([kls[half] if half in tried else NOT_TRIED for half in every])
     pruned = assemble(model, model.state_dict(), kept)
     narrowed = {}
     if count > budget:

@@ -65,7 +65,7 @@ def step_names(plan: Plan) -> tuple[str, ...]:
 
 
 def run_stages(run: Run, work: Path, processes: PartialState) -> None:
-    """Do what is not finished of: the full model's measures, then cut and restoration of each stage.
+    """Do what is not finished of: the full model's NLL, then cut and restoration of each stage.
 
     The main process cuts; all processes read with the teacher and restore.
     """
@@ -111,7 +111,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         _step(
             bench,
             "full",
-            "full model: on validation users",
+            "full model: NLL of validation users",
             lambda: ({"metrics": {"nll": bench.yardstick.nll(teacher)}}, None),
             shared,
         )

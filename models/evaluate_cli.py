@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from models.errors import run_command
+from models.sources import find_source
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options = parser().parse_args(argv)
+    if options.data is not None:
+        find_source(options.data)  # a wrong name is told before PyTorch is imported, which takes seconds
     from models.atomic import write_json
     from models.checkpoint import load_model, read_recommender
     from models.data import load_data

@@ -82,7 +82,11 @@ def test_a_command_shows_its_help_without_loading_torch(command):
 
 @pytest.mark.parametrize(
     ("command", "more"),
-    [("finetune", ("--base", "demo", "--out", "o")), ("compress", ("--target", "5%"))],
+    [
+        ("finetune", ("--base", "demo", "--out", "o")),
+        ("compress", ("--target", "5%")),
+        ("evaluate", ("--model", "m")),
+    ],
 )
 def test_data_that_is_not_there_is_told_before_torch_is_loaded(command, more):
     done = watched(command, "--data", "absent", *more)
