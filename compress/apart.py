@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,28 +26,34 @@ from typing import Any
 from models.errors import LeanRecError
 
 TIMEOUT_SECONDS = 1800
+LOOK_SECONDS = 1.0
+"""between two looks at how far a request is"""
+
 _LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 
 
-def run_apart(function: str, request: Mapping[str, Any], subject: Path) -> dict[str, Any]:
+def run_apart(
+    function: str, request: Mapping[str, Any], subject: Path, done: Callable[[], int] = lambda: 0
+) -> dict[str, Any]:
     """Return what a function replies to a request, both of JSON, in a process of its own.
 
     Args:
         function: as `module:name`; a function `preload` of its module, if there is one, runs once for all
             requests.
         subject: What it is about, for messages.
+        done: Returns how far it is, if that can be seen; asked every second.
 
     Raises:
-        LeanRecError: it fails, or takes longer than half an hour.
+        LeanRecError: it fails, or is no further after half an hour.
     """
     with tempfile.TemporaryDirectory(prefix="compress-") as folder:
         asked, reply, output = (Path(folder) / name for name in ("request.json", "reply.json", "output.txt"))
         asked.write_text(json.dumps(request), encoding="utf-8")
         output.touch()
-        code = _asked(f"{function} {folder}", subject)
+        code = _asked(f"{function} {folder}", subject, done)
         if code or not reply.exists():
             lines = [line for line in output.read_text("utf-8", "replace").splitlines() if "Error" in line]
             why = lines[-1].strip() if lines else f"exit code {code}"
@@ -55,7 +62,7 @@ def run_apart(function: str, request: Mapping[str, Any], subject: Path) -> dict[
     return answer
 
 
-def _asked(line: str, subject: Path) -> int:
+def _asked(line: str, subject: Path, done: Callable[[], int]) -> int:
     """Let the server do what a line says; return the exit code."""
     server = _server()
     assert server.stdin is not None
@@ -64,8 +71,12 @@ def _asked(line: str, subject: Path) -> int:
         with contextlib.suppress(BrokenPipeError):  # it has ended: so the answer will be empty
             server.stdin.write(f"{line}\n".encode())
             server.stdin.flush()
-        if not select.select([server.stdout], [], [], TIMEOUT_SECONDS)[0]:
-            raise LeanRecError(f"{subject}: vLLM did not answer in {TIMEOUT_SECONDS} s")
+        reached, since = done(), time.monotonic()
+        while not select.select([server.stdout], [], [], LOOK_SECONDS)[0]:
+            if (now := done()) != reached:
+                reached, since = now, time.monotonic()
+            if time.monotonic() - since > TIMEOUT_SECONDS:
+                raise LeanRecError(f"{subject}: vLLM did not answer in {TIMEOUT_SECONDS} s")
         answer = server.stdout.readline()
         if not answer:
             raise LeanRecError(f"{subject}: vLLM could not run it: exit code {server.wait()}")

@@ -178,10 +178,14 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
     )
 
 
-def _as_served(recommender: Recommender, users: Examples) -> dict[str, Any]:
+def _as_served(recommender: Recommender, users: Examples, kept: Path) -> dict[str, Any]:
     """Return the `metrics` and `lists` of what the engine that serves gives these users: in the precision of
-    serving, and many times faster for a large model than ranking in transformers."""
-    engine = ServedEngine(recommender.directory, users.targets.tolist())
+    serving, and many times faster for a large model than ranking in transformers.
+
+    Args:
+        kept: a file of the rankings so far.
+    """
+    engine = ServedEngine(recommender.directory, users.targets.tolist(), kept)
     found = evaluate(engine, recommender.prompter, users, batch_size=len(users))
     return {
         "metrics": {**found.to_json(), "nll": -float(np.mean(engine.target_scores))},
@@ -215,7 +219,7 @@ def _quantized(
     tests = finished(work, step)
     if tests is None:
         print("test quantized in vLLM", file=sys.stderr, flush=True)
-        found = _as_served(read_recommender(directory), run.data.test)
+        found = _as_served(read_recommender(directory), run.data.test, work / f"{step}.jsonl")
         facts = {"unquantized": unquantized, "quantized": found["metrics"], "lists": found["lists"]}
         tests = save_step(work, step, facts)
     return directory, Quantized(scheme=run.quantize, bytes_before=bytes_before, tests=tests, parity=parity)
@@ -261,13 +265,14 @@ def _tested(
 
 def _ranked(run: Run, name: str, recommender: Recommender, place: Path) -> dict[str, Any]:
     """Return a recommender's `metrics` and `lists` on the test users."""
-    tested = finished(place, f"ranked-{name}")
+    step = f"ranked-{name}"
+    tested = finished(place, step)
     if tested is None:
         print(f"test {name} in {run.ranked_by}", file=sys.stderr, flush=True)
         users = run.data.test
         if run.ranked_by == "vllm":
-            found = _as_served(recommender, users)
+            found = _as_served(recommender, users, place / f"{step}.jsonl")
         else:
             found = _in_transformers(recommender, users, run.device)
-        tested = save_step(place, f"ranked-{name}", found)
+        tested = save_step(place, step, found)
     return tested

@@ -75,6 +75,20 @@ def test_what_does_not_answer_in_time_is_ended(tmp_path, monkeypatch):
     assert not psutil.pid_exists(int(told.read_text()))
 
 
+@pytest.mark.slow
+def test_what_gets_on_may_take_longer_than_the_time_to_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr(apart, "TIMEOUT_SECONDS", 4)
+    monkeypatch.setattr(apart, "LOOK_SECONDS", 0.1)
+    told = tmp_path / "told"
+    told.touch()
+    run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path)  # the server has started
+    request = {"told": str(told), "lines": 4, "seconds": 2}
+    done = run_apart("tests.compress.waits_apart:work", request, tmp_path, lambda: told.stat().st_size)
+    assert done == {"lines": 4}
+    with pytest.raises(LeanRecError, match="did not answer in 4 s"):
+        run_apart("tests.compress.waits_apart:work", request, tmp_path)
+
+
 def has_ended(process):
     try:
         return process.status() == psutil.STATUS_ZOMBIE

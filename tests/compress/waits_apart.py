@@ -1,7 +1,8 @@
-"""What is asked by `run_apart`: tells where it is and never answers, or answers at once, or fails."""
+"""What is asked by `run_apart`: never answers but says where it is, answers at once or slowly, or fails."""
 
 import os
 import threading
+import time
 from pathlib import Path
 
 preloaded = 0
@@ -19,6 +20,14 @@ def wait(told: str) -> dict[str, object]:
     Path(told).write_text(str(os.getpid()))
     threading.Event().wait()
     return {}
+
+
+def work(told: str, lines: int, seconds: float) -> dict[str, object]:
+    for _ in range(lines):
+        time.sleep(seconds)
+        with open(told, "a") as file:
+            file.write("a line\n")
+    return {"lines": lines}
 
 
 def fail(message: str) -> dict[str, object]:

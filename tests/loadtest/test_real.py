@@ -15,9 +15,8 @@ from tests.tiny import make_tiny_recommender
 def evaluated(directory, data):
     """Return the lists that the serving engine gives without a service around it."""
     recommender = read_recommender(directory)
-    return evaluate(
-        ServedEngine(directory, data.test.targets.tolist()), recommender.prompter, data.test, batch_size=60
-    ).lists
+    engine = ServedEngine(directory, data.test.targets.tolist(), directory.with_suffix(".jsonl"))
+    return evaluate(engine, recommender.prompter, data.test, batch_size=60).lists
 
 
 @pytest.mark.slow
