@@ -76,7 +76,8 @@ class FusedModel:
         body = model_runner.model.model
         self._embedding = body.embed_tokens.weight
         self._norm = Norm(body.norm)
-        self._packed = model_runner.vllm_config.quant_config is None
+        self.is_rounded: bool = model_runner.vllm_config.quant_config is not None
+        """Whether activations are rounded to int8"""
         dtype = self._embedding.dtype
         groups = {
             name: n for n, group in enumerate(model_runner.attn_groups[0]) for name in group.layer_names
@@ -86,7 +87,9 @@ class FusedModel:
                 attention=None if layer.self_attn is None else CpuAttention(layer.self_attn),
                 group=0 if layer.self_attn is None else groups[layer.self_attn.attn.layer_name],
                 products=(
-                    FloatProducts(index, tensors, dtype, max_tokens) if self._packed else Int8Products(layer)
+                    Int8Products(layer, index, tensors)
+                    if self.is_rounded
+                    else FloatProducts(index, tensors, dtype, max_tokens)
                 ),
                 input_norm=None if layer.self_attn is None else Norm(layer.input_layernorm),
                 mlp_norm=None if layer.mlp is None else Norm(layer.post_attention_layernorm),
@@ -101,7 +104,10 @@ class FusedModel:
 
     def take_over(self, model_runner: Any) -> None:
         """Release vLLM's own copy of packed weights: its layers cannot run any more."""
-        for layer in model_runner.model.model.layers if self._packed else ():
+        for own, layer in zip(self._layers, model_runner.model.model.layers, strict=True):
+            if isinstance(own.products, Int8Products):
+                own.products.take_over()
+                continue
             for linear in linears(layer):
                 linear.cpu_linear = None
 

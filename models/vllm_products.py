@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 
+from models.vllm_one_expert import FloatExpert, Int8Expert, Rounded
 from models.vllm_rows import RowRange, steady_rows
 
 W8A8 = "CompressedTensorsW8A8Int8"
@@ -30,6 +31,7 @@ class Products(Protocol):
         ...
 
 
+_MLP = ("gate", "up", "down")
 KERNELS = 64
 """Row counts whose kernels a matrix keeps: all that `padded_rows` gives up to 1,000 rows."""
 
@@ -80,9 +82,11 @@ class FloatProducts:
 
         self._qkv = read("none", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         self._output = read("none", "self_attn.o_proj")
-        self._gate = read("swish", "mlp.gate_proj")
-        self._up = read("none", "mlp.up_proj")
-        self._down = read("none", "mlp.down_proj")
+        self._expert = _expert(layer, tensors, dtype, most_rows)
+        if self._expert is None:
+            self._gate = read("swish", "mlp.gate_proj")
+            self._up = read("none", "mlp.up_proj")
+            self._down = read("none", "mlp.down_proj")
 
     def qkv(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return queries, keys and values."""
@@ -94,21 +98,27 @@ class FloatProducts:
 
     def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream with the MLP's output added."""
+        if self._expert is not None:
+            return residual.add_(self._expert(hidden))
         inner = _product(self._gate, hidden).mul_(_product(self._up, hidden))
         return residual.add_(_product(self._down, inner))
 
 
 class Int8Products:
-    """vLLM's quantised layers, which keep their packed weights and their kernel.
+    """vLLM's quantised layers, which keep their packed weights and their kernel, and an MLP in one.
 
     Whole numbers have the same sum in any order, so these need no care for the number of rows.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, index: int, tensors: Callable[[str], torch.Tensor | None]) -> None:
         """Args:
         layer: vLLM's decoder layer.
+        tensors: Reads a tensor of the checkpoint by name.
         """
         self._layer = layer
+        names = [f"model.layers.{index}.mlp.{name}_proj" for name in _MLP]
+        found = [matrix for name in names if (matrix := _rounded(name, tensors)) is not None]
+        self._expert = Int8Expert.of(found) if len(found) == len(names) else None
 
     def qkv(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return queries, keys and values."""
@@ -120,9 +130,17 @@ class Int8Products:
 
     def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """Return the residual stream with the MLP's output added."""
+        if self._expert is not None:
+            return residual.add_(self._expert(hidden))
         gate, up = _quantised(self._layer.mlp.gate_up_proj, hidden).chunk(2, -1)
         # Not vLLM's silu_and_mul: on CPU it computes one exponential at a time, five times slower.
         return residual.add_(_quantised(self._layer.mlp.down_proj, F.silu(gate).mul_(up)))
+
+    def take_over(self) -> None:
+        """Release vLLM's own copy of what is held here too: its layer cannot run any more."""
+        if self._expert is not None:
+            for linear in (self._layer.mlp.gate_up_proj, self._layer.mlp.down_proj):
+                linear.scheme = linear.weight = None
 
 
 def linears(layer: Any) -> list[Any]:
@@ -135,6 +153,25 @@ def linears(layer: Any) -> list[Any]:
 def is_w8a8(layer: Any) -> bool:
     """Whether all matrices of a vLLM decoder layer are int8 with int8 activations."""
     return all(type(getattr(linear, "scheme", None)).__name__ == W8A8 for linear in linears(layer))
+
+
+def _expert(
+    layer: int, tensors: Callable[[str], torch.Tensor | None], dtype: torch.dtype, most_rows: int
+) -> FloatExpert | None:
+    """Return the layer's MLP in one, where it has one without biases and a kernel takes it."""
+    names = [f"model.layers.{layer}.mlp.{name}_proj" for name in _MLP]
+    matrices = [found.to(dtype) for name in names if (found := tensors(f"{name}.weight")) is not None]
+    if len(matrices) < len(names) or any(tensors(f"{name}.bias") is not None for name in names):
+        return None
+    return FloatExpert.of(matrices, most_rows)
+
+
+def _rounded(name: str, tensors: Callable[[str], torch.Tensor | None]) -> Rounded | None:
+    """Return an int8 matrix of the checkpoint, None where it is none of those or has a bias."""
+    weight, scale, bias = (tensors(f"{name}.{part}") for part in ("weight", "weight_scale", "bias"))
+    if weight is None or weight.dtype != torch.int8 or scale is None or bias is not None:
+        return None
+    return Rounded(weight, scale)
 
 
 def _product(matrix: _Packed | None, hidden: torch.Tensor) -> torch.Tensor:
