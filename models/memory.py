@@ -1,5 +1,6 @@
-"""What a process has needed."""
+"""What a process has needed, and what it needs no more."""
 
+import ctypes
 import resource
 
 import torch
@@ -10,3 +11,13 @@ def peak_memory_bytes() -> int:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return max(resident, device)
+
+
+def release_freed_memory() -> None:
+    """Give the system back what was freed between pieces still in use, which glibc keeps for what may come.
+
+    Loading a model leaves as much of it as the model is large.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # other C libraries have none
+        trim(0)

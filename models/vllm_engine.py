@@ -10,6 +10,7 @@ import numpy as np
 from models.checkpoint import Recommender
 from models.engine import Timings
 from models.kv_blocks import BlockPool
+from models.memory import release_freed_memory
 from models.search import SearchRequest, SearchResult, SearchSettings
 from models.trie import Trie
 from models.vllm_model import (
@@ -72,7 +73,9 @@ def open_engine(
     if reason is None:
         if on_cpu:
             release_process_groups()
-        return WorkerEngine(llm, setup)
+        engine = WorkerEngine(llm, setup)
+        release_freed_memory()
+        return engine
     logger.warning("the search runs on vLLM's pooling API, slower, not inside its worker: %s", reason)
     return PoolingEngine(llm, setup)
 

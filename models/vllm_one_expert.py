@@ -111,7 +111,14 @@ class Rounded:
 
 
 def _has_kernel(name: str, hidden: int) -> bool:
-    return hasattr(torch.ops._C, name) and torch.cpu._is_amx_tile_supported() and hidden % BLOCK == 0
+    # The kernels do not ask Linux for the tile registers, and without that end in an illegal instruction.
+    return hasattr(torch.ops._C, name) and hidden % BLOCK == 0 and has_tiles()
+
+
+@lru_cache
+def has_tiles() -> bool:
+    """Whether this CPU has AMX and Linux gives it; it is asked."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def _joined(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
