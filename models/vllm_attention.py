@@ -39,11 +39,24 @@ class Norm:
         self._weight = module.weight.data
         self._epsilon = float(module.variance_epsilon)
         self._kernel = torch.ops._C.rms_norm.default
+        self._kernel_with_sum = torch.ops._C.fused_add_rms_norm.default
 
-    def __call__(self, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Write the norm of `hidden` into `out`, `[rows, size]` both, and return it."""
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the norm of `hidden`, `[rows, size]` both."""
+        out = torch.empty_like(hidden)
         self._kernel(out, hidden, self._weight, self._epsilon)
         return out
+
+    def after(self, branch: torch.Tensor | None, residual: torch.Tensor) -> torch.Tensor:
+        """Add a branch to the residual stream in place, if there is one, and return the sum's norm.
+
+        Args:
+            branch: `[rows, size]`; the norm takes its place.
+        """
+        if branch is None:
+            return self(residual)
+        self._kernel_with_sum(branch, residual, self._weight, self._epsilon)
+        return branch
 
 
 class CpuAttention:
@@ -94,7 +107,7 @@ class CpuAttention:
         if self._head_norms is not None:
             # Of a single head `reshape` returns a view with gaps, which the kernel does not see.
             query, key = (
-                norm(flat := part.reshape(-1, size).contiguous(), torch.empty_like(flat)).view(part.shape)
+                norm(part.reshape(-1, size).contiguous()).view(part.shape)
                 for norm, part in zip(self._head_norms, (query, key), strict=True)
             )
         self._rotate(positions, query, key, size, self._angles, self._is_neox)

@@ -1,9 +1,10 @@
 """vLLM's Llama-like models on a CPU with fewer passes over memory: same weights, KV cache and attention.
 
-Three things make it faster than vLLM's own layers. Kernels are called without layers of dispatch. Matrix
-shapes are rounded up, so that few kernels are ever generated: a new row count costs about a millisecond, and
-a trie search asks for a new one at every step. And the last attention and what follows compute only the rows
-whose hidden state is wanted: of a prompt, one.
+Four things make it faster than vLLM's own layers. Kernels are called without layers of dispatch. What a half
+adds to the residual stream is added in the pass of the norm that follows. Matrix shapes are rounded up, so
+that few kernels are ever generated: a new row count costs about a millisecond, and a trie search asks for a
+new one at every step. And the last attention and what follows compute only the rows whose hidden state is
+wanted: of a prompt, one.
 
 Every row's result is independent of the rows beside it, to the bit, so answers do not depend on the batch.
 """
@@ -134,11 +135,12 @@ class FusedModel:
         count = len(tokens)
         places, targets = torch.from_numpy(positions), torch.from_numpy(slots)
         residual = self._embedding.index_select(0, torch.from_numpy(padded(tokens)))
-        hidden, room = torch.empty_like(residual), self._room(residual)
+        room = self._room(residual)
+        branch: torch.Tensor | None = None  # what the half before adds
         schedules = {group: first.schedule(sequences) for group, first in self._first_of_group.items()}
         for n, layer in enumerate(self._layers):
             if layer.attention is not None and layer.input_norm is not None:
-                joined = layer.products.qkv(layer.input_norm(residual, hidden))
+                joined = layer.products.qkv(layer.input_norm.after(branch, residual))
                 query = layer.attention.write(joined[:count], places, targets)
                 if n == self._last_attention:
                     # From here on only the wanted rows: no later one is attended to.
@@ -147,13 +149,13 @@ class FusedModel:
                     count, sequences, query = len(wanted), lone, query[torch.from_numpy(wanted)]
                     schedules[layer.group] = layer.attention.schedule(lone)
                     residual = residual.index_select(0, torch.from_numpy(padded(wanted)))
-                    hidden, room = torch.empty_like(residual), self._room(residual)
+                    room = self._room(residual)
                 attended = _attended(room, layer.attention, residual.shape[0])
                 layer.attention.attend(query, sequences, schedules[layer.group], attended[:count])
-                residual = layer.products.add_output(attended.flatten(1), residual)
+                branch = layer.products.output(attended.flatten(1))
             if layer.mlp_norm is not None:
-                residual = layer.products.add_mlp(layer.mlp_norm(residual, hidden), residual)
-        return self._norm(residual, hidden)[:count]
+                branch = layer.products.mlp(layer.mlp_norm.after(branch, residual))
+        return self._norm.after(branch, residual)[:count]
 
     def _room(self, rows: torch.Tensor) -> torch.Tensor:
         # Zeros: what is padded goes through the products as well.

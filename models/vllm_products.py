@@ -22,12 +22,12 @@ class Products(Protocol):
         """Return queries, keys and values, `[rows, (heads + 2 * KV heads) * head size]`."""
         ...
 
-    def add_output(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the attention's output added; `residual` may be changed."""
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """Return what attention adds to the residual stream."""
         ...
 
-    def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the MLP's output added; `residual` may be changed."""
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the MLP adds to the residual stream."""
         ...
 
 
@@ -92,16 +92,16 @@ class FloatProducts:
         """Return queries, keys and values."""
         return _product(self._qkv, hidden)
 
-    def add_output(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the attention's output added."""
-        return residual.add_(_product(self._output, attended))
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """Return what attention adds to the residual stream."""
+        return _product(self._output, attended)
 
-    def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the MLP's output added."""
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the MLP adds to the residual stream."""
         if self._expert is not None:
-            return residual.add_(self._expert(hidden))
+            return self._expert(hidden)
         inner = _product(self._gate, hidden).mul_(_product(self._up, hidden))
-        return residual.add_(_product(self._down, inner))
+        return _product(self._down, inner)
 
 
 class Int8Products:
@@ -124,17 +124,17 @@ class Int8Products:
         """Return queries, keys and values."""
         return _quantised(self._layer.self_attn.qkv_proj, hidden)
 
-    def add_output(self, attended: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the attention's output added."""
-        return residual.add_(_quantised(self._layer.self_attn.o_proj, attended))
+    def output(self, attended: torch.Tensor) -> torch.Tensor:
+        """Return what attention adds to the residual stream."""
+        return _quantised(self._layer.self_attn.o_proj, attended)
 
-    def add_mlp(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Return the residual stream with the MLP's output added."""
+    def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the MLP adds to the residual stream."""
         if self._expert is not None:
-            return residual.add_(self._expert(hidden))
+            return self._expert(hidden)
         gate, up = _quantised(self._layer.mlp.gate_up_proj, hidden).chunk(2, -1)
         # Not vLLM's silu_and_mul: on CPU it computes one exponential at a time, five times slower.
-        return residual.add_(_quantised(self._layer.mlp.down_proj, F.silu(gate).mul_(up)))
+        return _quantised(self._layer.mlp.down_proj, F.silu(gate).mul_(up))
 
     def take_over(self) -> None:
         """Release vLLM's own copy of what is held here too: its layer cannot run any more."""
@@ -203,4 +203,5 @@ def _rows(form: Form, shape: torch.Size, dtype: torch.dtype, biased: bool, most:
 
 
 def _quantised(linear: Any, hidden: torch.Tensor) -> torch.Tensor:
-    return linear.quant_method.apply(linear, hidden, linear.bias)
+    out: torch.Tensor = linear.quant_method.apply(linear, hidden, linear.bias)
+    return out

@@ -141,8 +141,8 @@ def forms(
         residual = hidden.clone()
         for layer in layers:
             layer.served.qkv(hidden)
-            residual = layer.served.add_output(attended, residual)
-            residual = layer.served.add_mlp(hidden, residual)
+            residual.add_(layer.served.output(attended))
+            residual.add_(layer.served.mlp(hidden))
         return residual
 
     return {"alone": alone, "pytorch": pytorch, "post-operations": post_operations, "served": served}

@@ -132,11 +132,11 @@ def test_layers_that_differ_are_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def wrong(products: Any, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def wrong(products: Any, hidden: torch.Tensor) -> torch.Tensor:
         """A layer without its MLP."""
-        return residual
+        return torch.zeros_like(hidden)
 
-    monkeypatch.setattr(vllm_products.FloatProducts, "add_mlp", wrong)
+    monkeypatch.setattr(vllm_products.FloatProducts, "mlp", wrong)
     wide[0].close()
     with caplog.at_level(logging.WARNING):
         engine, _, requests = open_tiny(tmp_path, "llama", SERVED)
