@@ -43,7 +43,7 @@ def cost_table(rows: Rows) -> Table:
                 f"{row['requests_per_second']:.2f}",
                 f"{row['latency_ms']['p50']:.0f}",
                 f"{row['latency_ms']['p95']:.0f}",
-                _share(row["overlap@10"]),
+                _share(row["overlap@10"]) if row["contender"] != "worker" else "",
                 _share(row["exact_share"]),
             ]
         )
@@ -54,9 +54,10 @@ def cost_table(rows: Rows) -> Table:
         f"(LeanRec's: {first['matrix_gflops']:.0f} GFLOP/s, {1e3 * first['floor_seconds']:.1f} ms); "
         f"{_reading(first)}load average "
         f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
-        f"commit {first['commit']}, {first['date']}. Overlap is with the exact top ten. Latencies depend on "
-        "what else the machine does; CPU time much less. The checkpoint was trained on the softmax over the "
-        "catalogue's tokens, so beams that know no catalogue find no titles. `python -m benchmarks.serving`"
+        f"commit {first['commit']}, {first['date']}. Overlap is with the top tens that LeanRec in the worker "
+        "proved. Latencies depend on what else the machine does; CPU time much less. The checkpoint was "
+        "trained on the softmax over the catalogue's tokens, so beams that know no catalogue find no titles. "
+        "`python -m benchmarks.serving`"
     )
     return Table(f"What a recommendation costs: {first['data']}", note, cells, _plots(rows))
 
@@ -267,7 +268,7 @@ def gpu_table(rows: Rows) -> Table:
                 f"{row['requests_per_second']:.2f}",
                 f"{times:.0f}x" if times else "",
                 f"{1e3 * row['cpu_seconds_per_request']:.2f}",
-                _share(row["overlap@10"]),
+                _share(row["overlap@10"]) if row["contender"] != "worker" else "",
                 _share(row["exact_share"]),
             ]
         )
@@ -310,7 +311,7 @@ def precision_table(rows: Rows) -> Table:
                 str(row["requests"]),
                 f"{1e3 * seconds:.1f}",
                 f"{seconds / bf16[case(row)]:.3f}",
-                _share(row["overlap@10"]),
+                _share(row["overlap@10"]) if row["contender"] != row["chosen"] else "",
             ]
         )
     note = (

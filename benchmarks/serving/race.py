@@ -189,7 +189,7 @@ def rows(
     """Return one row for each contender and case.
 
     Args:
-        reference: The contender whose exact answers the others' are compared with.
+        reference: The contender whose proved answers the others' are compared with; its own with nothing.
     """
     exact = {
         case: measured.answers for (title, case), measured in race.measured.items() if title == reference
@@ -208,7 +208,7 @@ def rows(
         overlaps = [
             len(set(answer["rows"]) & set(exact[case][number]["rows"])) / len(exact[case][number]["rows"])
             for number, answer in measured.answers.items()
-            if case in exact and number in exact[case] and exact[case][number]["exact"]
+            if title != reference and number in exact.get(case, {}) and exact[case][number]["exact"]
         ]
         latencies = 1e3 * np.array(measured.latencies)
         found.append(

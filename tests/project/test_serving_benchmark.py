@@ -122,8 +122,11 @@ def test_contenders_give_the_same_and_the_page_shows_them(tiny: tuple[Path, Path
     found = rows(race, entries, reference="worker", facts=FACTS)
     assert len(found) == 5
     for row in found:
-        # Twenty beams may miss an item where a model is as flat as one that was never trained.
-        assert row["overlap@10"] >= (1.0 if row["contender"] == "worker" else 0.8)
+        if row["contender"] == "worker":
+            assert row["overlap@10"] is None  # that would be with itself
+        else:
+            # Twenty beams may miss an item where a model is as flat as one that was never trained.
+            assert row["overlap@10"] >= 0.8
         assert row["cpu_seconds_per_request"] > 0
         assert row["requests"] == 2 * (2 if row["clients"] == 1 else 6)
     exact = [row for row in found if row["contender"] == "worker"]
