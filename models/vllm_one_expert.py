@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 
-from models.vllm_rows import padded_rows
+from models.vllm_rows import padded_rows, row_counts
 
 BLOCK = 32
 """What the kernels' widths are multiples of"""
@@ -162,8 +162,4 @@ def _is_steady(hidden: int, inner: int, most: int) -> bool:
     rows = in_pairs(normal(most, hidden // 2), -1, across).bfloat16()
     mlp = FloatExpert._packed(gates.bfloat16(), ups.bfloat16(), columns.bfloat16())
     first = mlp(rows)
-    return all(torch.equal(mlp(rows[:count]), first[:count]) for count in _counts(most))
-
-
-def _counts(most: int) -> list[int]:
-    return sorted({padded_rows(rows) for rows in range(1, most + 1)})
+    return all(torch.equal(mlp(rows[:count]), first[:count]) for count in row_counts(most))

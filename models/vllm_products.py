@@ -116,9 +116,11 @@ class Int8Products:
         tensors: Reads a tensor of the checkpoint by name.
         """
         self._layer = layer
-        names = [f"model.layers.{index}.mlp.{name}_proj" for name in _MLP]
-        found = [matrix for name in names if (matrix := _rounded(name, tensors)) is not None]
-        self._expert = Int8Expert.of(found) if len(found) == len(names) else None
+        self._expert: Int8Expert | None = None
+        if layer.mlp is not None and _rounds_by_token(layer.mlp):
+            names = [f"model.layers.{index}.mlp.{name}_proj" for name in _MLP]
+            found = [matrix for name in names if (matrix := _rounded(name, tensors)) is not None]
+            self._expert = Int8Expert.of(found) if len(found) == len(names) else None
 
     def qkv(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return queries, keys and values."""
@@ -159,6 +161,8 @@ def _expert(
     layer: int, tensors: Callable[[str], torch.Tensor | None], dtype: torch.dtype, most_rows: int
 ) -> FloatExpert | None:
     """Return the layer's MLP in one, where it has one without biases and a kernel takes it."""
+    if dtype != torch.bfloat16:
+        return None
     names = [f"model.layers.{layer}.mlp.{name}_proj" for name in _MLP]
     matrices = [found.to(dtype) for name in names if (found := tensors(f"{name}.weight")) is not None]
     if len(matrices) < len(names) or any(tensors(f"{name}.bias") is not None for name in names):
@@ -166,10 +170,16 @@ def _expert(
     return FloatExpert.of(matrices, most_rows)
 
 
+def _rounds_by_token(mlp: Any) -> bool:
+    """Whether vLLM rounds the activations of an int8 MLP by what each token has, around zero."""
+    schemes = [linear.scheme for linear in (mlp.gate_up_proj, mlp.down_proj)]
+    return all(scheme.input_symmetric and not scheme.is_static_input_scheme for scheme in schemes)
+
+
 def _rounded(name: str, tensors: Callable[[str], torch.Tensor | None]) -> Rounded | None:
-    """Return an int8 matrix of the checkpoint, None where it is none of those or has a bias."""
+    """Return an int8 matrix of the checkpoint, None where it has a bias or no scale for each output."""
     weight, scale, bias = (tensors(f"{name}.{part}") for part in ("weight", "weight_scale", "bias"))
-    if weight is None or weight.dtype != torch.int8 or scale is None or bias is not None:
+    if weight is None or scale is None or scale.numel() != len(weight) or bias is not None:
         return None
     return Rounded(weight, scale)
 

@@ -49,6 +49,11 @@ def padded_rows(rows: int) -> int:
     return -(-rows // step) * step
 
 
+def row_counts(most: int) -> list[int]:
+    """Return all counts that up to `most` rows are run with."""
+    return sorted({padded_rows(rows) for rows in range(1, most + 1)})
+
+
 def padded(array: np.ndarray) -> np.ndarray:
     """Return the array `[rows]`, filled up with zeros to the row count a product is run with."""
     found = np.zeros(padded_rows(len(array)), array.dtype)
@@ -72,7 +77,7 @@ def steady_rows(
     halves = torch.randn(padded_rows(most), width // 2, generator=generator)
     run = product(torch.cat([columns, columns.new_zeros(out, width % 2)], 1)[:, order].to(dtype))
     hidden = torch.cat([halves, -halves, halves.new_zeros(len(halves), width % 2)], 1)[:, order].to(dtype)
-    counts = sorted({padded_rows(rows) for rows in range(1, most + 1)})
+    counts = row_counts(most)
     first = [run(hidden[:rows])[: counts[0]].clone() for rows in counts]
     kinds = [next(kind for kind, other in enumerate(first) if torch.equal(rows, other)) for rows in first]
     ranges = []

@@ -16,6 +16,7 @@ from models.precision import served_dtype
 from models.search import SearchRequest, SearchResult
 from models.transformers_engine import TransformersEngine
 from models.vllm_engine import WorkerEngine, open_engine
+from models.vllm_one_expert import has_tiles
 from tests.machine import needs_int8_products
 from tests.tiny import FAMILIES, make_tiny_recommender, write_tiny_data
 
@@ -68,7 +69,10 @@ def test_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(is_fused: bool) -> list[SearchResult]:
         engine = open_engine(recommender, arguments={"kv_cache_memory_bytes": KV_BYTES})
         assert isinstance(engine, WorkerEngine)
-        assert (forward_of(engine).fused is not None) == is_fused
+        fused = forward_of(engine).fused
+        assert (fused is not None) == is_fused
+        if fused is not None and has_tiles():
+            assert all(layer.products._expert is not None for layer in fused._layers)
         found = engine.recommend(requests)
         engine.close()
         return found

@@ -1,5 +1,7 @@
 """An MLP as a mixture of one expert: what its formula gives, and no trace of the rows beside a row."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from compress.quantize import quantize_weight
 from models import vllm_one_expert
 from models.vllm_model import import_vllm
 from models.vllm_one_expert import FloatExpert, Int8Expert, Rounded
+from models.vllm_products import Int8Products
 
 pytestmark = [
     pytest.mark.slow,
@@ -92,6 +95,24 @@ def test_another_order_of_summation_is_noticed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(FloatExpert, "__call__", in_parts)
     assert FloatExpert.of(matrices(128, 256), 128) is None
     vllm_one_expert._is_steady.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "static", "scales", "is_in_one"),
+    [(True, False, 96, True), (False, False, 96, False), (True, True, 96, False), (True, False, 1, False)],
+)
+def test_int8_that_rounds_otherwise_stays_with_vllm(
+    symmetric: bool, static: bool, scales: int, is_in_one: bool
+) -> None:
+    scheme = SimpleNamespace(input_symmetric=symmetric, is_static_input_scheme=static)
+    linear = SimpleNamespace(scheme=scheme)
+    tensors = {}
+    for name, matrix in zip(("gate", "up", "down"), matrices(96, 96), strict=True):
+        weight, scale = quantize_weight(matrix)
+        tensors |= {f"model.layers.7.mlp.{name}_proj.weight": weight}
+        tensors |= {f"model.layers.7.mlp.{name}_proj.weight_scale": scale[:scales]}
+    layer = SimpleNamespace(mlp=SimpleNamespace(gate_up_proj=linear, down_proj=linear))
+    assert (Int8Products(layer, 7, tensors.get)._expert is not None) == is_in_one
 
 
 def test_what_no_kernel_takes_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
