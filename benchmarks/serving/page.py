@@ -171,17 +171,6 @@ def settings_table(rows: Rows) -> Table:
     return Table("What the search's settings are worth", note, cells)
 
 
-def _waiting(line: Mapping[str, float]) -> list[list[str]]:
-    """Return what no server with these batch times could do better at."""
-    return [
-        [
-            "the same of a queue with these batch times and nothing else",
-            f"{line['p50']:.0f} / {line['p95']:.0f} / {line['p99']:.0f} ms; p99 over p50 "
-            f"{line['p99'] / line['p50']:.2f}",
-        ]
-    ]
-
-
 def products_table(rows: Rows) -> Table:
     """Return what a forward's products take, by machine and rows."""
     names = (
@@ -217,24 +206,29 @@ def products_table(rows: Rows) -> Table:
     return Table("What the products cost by their rows", note, cells)
 
 
-def service_table(found: Mapping[str, Any]) -> Table:
-    """Return what HTTP leaves of the engine."""
-    low, high = found["throughput_kept_interval"]
-    loop, latency = found["open_loop"], found["open_loop"]["latency_ms"]
-    cells = [
-        ["Figure", "Value"],
-        ["Throughput kept at 16 clients", f"{found['throughput_kept']:.1%} [{low:.1%}, {high:.1%}]"],
-        [
-            "70 % load, p50 / p95 / p99",
-            f"{latency['p50']:.0f} / {latency['p95']:.0f} / {latency['p99']:.0f} ms",
-        ],
-        ["p99 over p50", f"{found['p99_over_p50']:.2f} ({loop['requests']} requests)"],
-        *(_waiting(found["waiting_alone"]) if "waiting_alone" in found else []),
-        ["Longest lag of the event loop", f"{found['event_loop_lag_ms']:.0f} ms"],
-        ["Idle CPU, of one core", f"{found['idle_cpu']:.1%}"],
-    ]
-    note = f"{found['hardware']}; `{found['model']}`. `python -m benchmarks.serving.service`"
-    return Table("Over HTTP", note, cells)
+def service_table(rows: Rows) -> Table:
+    """Return what HTTP leaves of the engine, a column a machine."""
+    machines = [_service_figures(row) for row in rows]
+    cells = [["Figure", *(f"{row['hardware']}; {row['model']}" for row in rows)]]
+    cells += [[name, *(machine[name] for machine in machines)] for name in machines[0]]
+    return Table("Over HTTP", "`python -m benchmarks.serving.service`", cells)
+
+
+def _service_figures(row: Mapping[str, Any]) -> dict[str, str]:
+    low, high = row["throughput_kept_interval"]
+    loop, alone = row["open_loop"], row["waiting_alone"]
+    quantiles = " / ".join(f"{loop['latency_ms'][name]:.0f}" for name in ("p50", "p95", "p99"))
+    return {
+        "Throughput kept at 16 clients": f"{row['throughput_kept']:.1%} [{low:.1%}, {high:.1%}]",
+        "70 % load, p50 / p95 / p99": f"{quantiles} ms",
+        "p99 over p50": f"{row['p99_over_p50']:.2f} ({loop['requests']} requests)",
+        "the same of a queue with these batch times and nothing else": (
+            f"{alone['p50']:.0f} / {alone['p95']:.0f} / {alone['p99']:.0f} ms; "
+            f"p99 over p50 {alone['p99'] / alone['p50']:.2f}"
+        ),
+        "Longest lag of the event loop": f"{row['event_loop_lag_ms']:.0f} ms",
+        "Idle CPU, of one core": f"{row['idle_cpu']:.1%}",
+    }
 
 
 def profile_table(found: Mapping[str, Any]) -> Table:

@@ -3,7 +3,7 @@
     python -m benchmarks.serving.service [--model DIR --data D] [--rounds 12]
 
 The engine in a process of its own and the service take turns on the same requests; the one that waits is
-stopped. Writes `benchmarks/serving/service.json`.
+stopped. Keeps its row in `benchmarks/serving/service.json`, beside those of other machines.
 """
 
 import argparse
@@ -24,11 +24,11 @@ import psutil
 
 from benchmarks.serving.big_catalog import service
 from benchmarks.serving.checkpoints import RUNS, trained_recommender
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.race import Case, Entry, ask, process
 from benchmarks.serving.waiting_line import BatchCost, latency_quantiles
 from benchmarks.serving.workload import make_workload
 from loadtest.machine import processors
-from models.atomic import write_json
 from models.checkpoint import read_recommender
 from serve.batching import BatchLimits
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     options = parser.parse_args()
     found = measure(options.model or trained_recommender("ml-100k", "ml-100k"), options.data, options.rounds)
-    write_json(Path("benchmarks/serving/service.json"), found)
+    keep_rows(Path("benchmarks/serving/service.json"), [found], ("hardware",))
     print(json.dumps(found, indent=1))
 
 
