@@ -1,9 +1,7 @@
 """An MLP as a mixture of one expert, on CPUs with AMX.
 
 vLLM's kernels for mixtures of experts run both products and the activation block by block: what lies between
-stays in the core's cache and in fp32, and one call stands for five. Most is gained where rows are few; beyond
-some fifty PyTorch's products with activation and gate in oneDNN are level with it or faster
-(`benchmarks.serving.products`), but not in one order of summation for all row counts.
+stays in the core's cache and in fp32, and one call stands for five. Most is gained where rows are few.
 """
 
 from collections.abc import Sequence
