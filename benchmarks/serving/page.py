@@ -200,7 +200,8 @@ def products_table(rows: Rows) -> Table:
     note = (
         f"{read}; medians of {rows[0]['turns']} turns. In PyTorch: the activation in its product, gate and "
         "residual in passes of their own; the last two columns are against it. As served: vLLM's "
-        "functions, with AMX the MLP in one; the sums in passes, which the service adds with the norms. A step of a lone request has some twenty rows. "
+        "functions, with AMX the MLP in one; the sums in passes, which the service adds with the norms. "
+        "A step of a lone request has some twenty rows. "
         "`python -m benchmarks.serving.products`"
     )
     return Table("What the products cost by their rows", note, cells)

@@ -101,8 +101,8 @@ def forms(
     """Return a forward's products, without attention and norms, by who runs them; each returns its last.
 
     `alone` has neither activation nor sums; in `pytorch` the activation rides on its product,
-    `post-operations` leaves the gate and the residual to oneDNN as well; `served` is `models.vllm_products` and
-    passes for the sums, which the service adds in those of the norms.
+    `post-operations` leaves the gate and the residual to oneDNN as well; `served` is `models.vllm_products`,
+    and passes for the sums, which the service adds with the norms.
     """
     dtype = getattr(torch, served_dtype("cpu"))
     hidden = torch.randn(rows, config.hidden_size, dtype=dtype)
