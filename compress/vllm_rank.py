@@ -4,6 +4,7 @@ What is ranked is kept user by user: with a large model on a CPU that is hours, 
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,21 +45,27 @@ class ServedEngine:
         Raises:
             LeanRecError: vLLM cannot run the recommender.
         """
+        self._kept.touch()
+        whole = _whole_lines(self._kept)
+        os.truncate(self._kept, sum(map(len, whole)))  # off with what a killed process left of a line
         request = {
             "directory": str(self._directory.resolve()),
-            "prompts": [request.prompt for request in requests],
+            "prompts": [request.prompt for request in requests[len(whole) :]],
             "k": max(request.k for request in requests),
-            "targets": list(map(int, self._targets)),
+            "targets": list(map(int, self._targets[len(whole) :])),
             "kept": str(self._kept.resolve()),
         }
-        already = len(_whole_lines(self._kept))
-        with tqdm(total=len(requests), initial=already, desc="rank", unit="user") as bar:
+        with (
+            tqdm(total=len(requests), initial=len(whole), desc="rank", unit="user") as bar,
+            open(self._kept, "rb") as file,
+        ):
+            file.seek(0, os.SEEK_END)
 
             def done() -> int:
-                bar.update(len(_whole_lines(self._kept)) - bar.n)
+                bar.update(file.read().count(b"\n"))
                 return int(bar.n)
 
-            if done() < len(requests):
+            if request["prompts"]:
                 run_apart("compress.vllm_rank:rank", request, self._directory, done)
                 done()
         results = [json.loads(line) for line in _whole_lines(self._kept)]
@@ -74,17 +81,15 @@ class ServedEngine:
 
 
 def rank(directory: str, prompts: list[list[int]], k: int, targets: list[int], kept: str) -> dict[str, Any]:
-    """Add the search result of each prompt, and the score of its target, to what is kept."""
+    """Append the search result of each prompt, and the score of its target, to the lines of a file."""
     from models.checkpoint import read_recommender
     from models.vllm_engine import open_engine
 
     recommender = read_recommender(Path(directory))
     engine, trie = open_engine(recommender), recommender.trie
     rows = np.arange(len(recommender.catalog))
-    already = _whole_lines(Path(kept))
     with open(kept, "ab") as file:
-        file.truncate(sum(map(len, already)))  # off with what a killed process left of a line
-        for start in range(len(already), len(prompts), BATCH):
+        for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
             results = engine.recommend([SearchRequest(prompt=prompt, k=k) for prompt in part])
             # The prompts' KV is there still, and a search for one item opens the nodes above it alone.
@@ -100,8 +105,6 @@ def rank(directory: str, prompts: list[list[int]], k: int, targets: list[int], k
 
 def _whole_lines(kept: Path) -> list[bytes]:
     """Return the lines of a file that end."""
-    if not kept.exists():
-        return []
     return [line for line in kept.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 

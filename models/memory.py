@@ -16,7 +16,7 @@ def peak_memory_bytes() -> int:
 def release_freed_memory() -> None:
     """Give the system back what was freed between pieces still in use, which glibc keeps for what may come.
 
-    Loading a model leaves as much of it as the model is large.
+    Loading a model leaves about as much of it as the model is large.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # other C libraries have none

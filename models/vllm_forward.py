@@ -262,7 +262,7 @@ def open_forward(
         logger.warning("vLLM's own layers run: the fused ones cannot (%s)", failure)
         forward.fused = None
         return forward
-    if not error <= (LARGEST_INT8_ERROR if fused.is_rounded else LARGEST_ERROR):
+    if not error <= (LARGEST_INT8_ERROR if fused.is_int8 else LARGEST_ERROR):
         logger.warning("vLLM's own layers run: the fused ones differ by %.3f of a hidden state", error)
         forward.fused = None
     else:

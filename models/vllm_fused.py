@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from models.vllm_attention import CpuAttention, Norm, Sequences
-from models.vllm_products import FloatProducts, Int8Products, Products, is_w8a8, linears
+from models.vllm_products import FloatProducts, Int8Products, Products, is_w8a8
 from models.vllm_rows import padded
 
 MODELS = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -77,8 +77,8 @@ class FusedModel:
         body = model_runner.model.model
         self._embedding = body.embed_tokens.weight
         self._norm = Norm(body.norm)
-        self.is_rounded: bool = model_runner.vllm_config.quant_config is not None
-        """Whether activations are rounded to int8"""
+        self.is_int8: bool = model_runner.vllm_config.quant_config is not None
+        """Whether weights and activations are int8"""
         dtype = self._embedding.dtype
         groups = {
             name: n for n, group in enumerate(model_runner.attn_groups[0]) for name in group.layer_names
@@ -89,7 +89,7 @@ class FusedModel:
                 group=0 if layer.self_attn is None else groups[layer.self_attn.attn.layer_name],
                 products=(
                     Int8Products(layer, index, tensors)
-                    if self.is_rounded
+                    if self.is_int8
                     else FloatProducts(index, tensors, dtype, max_tokens)
                 ),
                 input_norm=None if layer.self_attn is None else Norm(layer.input_layernorm),
@@ -104,13 +104,9 @@ class FusedModel:
         self._last_attention = max(n for n, layer in enumerate(self._layers) if layer.attention is not None)
 
     def take_over(self, model_runner: Any) -> None:
-        """Release vLLM's own copy of packed weights: its layers cannot run any more."""
+        """Release vLLM's own copies of weights: its layers cannot run any more."""
         for own, layer in zip(self._layers, model_runner.model.model.layers, strict=True):
-            if isinstance(own.products, Int8Products):
-                own.products.take_over()
-                continue
-            for linear in linears(layer):
-                linear.cpu_linear = None
+            own.products.take_over(layer)
 
     def __call__(
         self,

@@ -73,7 +73,7 @@ class Int8Expert:
     down_scale: torch.Tensor
 
     @classmethod
-    def of(cls, matrices: Sequence["Rounded"]) -> Self | None:
+    def of(cls, matrices: Sequence["Int8Matrix"]) -> Self | None:
         """Return the MLP of gate, up and down, or None where no kernel takes it."""
         gate, up, down = matrices
         if not _has_kernel("fused_experts_cpu", gate.weight.shape[1]):
@@ -100,7 +100,7 @@ class Int8Expert:
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Int8Matrix:
     """An int8 matrix and the scale of each of its rows."""
 
     weight: torch.Tensor

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.nn.functional as F
 
-from models.vllm_one_expert import FloatExpert, Int8Expert, Rounded
+from models.vllm_one_expert import FloatExpert, Int8Expert, Int8Matrix
 from models.vllm_rows import RowRange, steady_rows
 
 W8A8 = "CompressedTensorsW8A8Int8"
@@ -28,6 +28,10 @@ class Products(Protocol):
 
     def mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the MLP adds to the residual stream."""
+        ...
+
+    def take_over(self, layer: Any) -> None:
+        """Release the copy that vLLM's layer has of what is held here: it cannot run any more."""
         ...
 
 
@@ -103,6 +107,11 @@ class FloatProducts:
         inner = _product(self._gate, hidden).mul_(_product(self._up, hidden))
         return _product(self._down, inner)
 
+    def take_over(self, layer: Any) -> None:
+        """Release vLLM's matrices."""
+        for linear in linears(layer):
+            linear.cpu_linear = None
+
 
 class Int8Products:
     """vLLM's quantised layers, which keep their packed weights and their kernel, and an MLP in one.
@@ -119,7 +128,7 @@ class Int8Products:
         self._expert: Int8Expert | None = None
         if layer.mlp is not None and _rounds_by_token(layer.mlp):
             names = [f"model.layers.{index}.mlp.{name}_proj" for name in _MLP]
-            found = [matrix for name in names if (matrix := _rounded(name, tensors)) is not None]
+            found = [matrix for name in names if (matrix := _int8_matrix(name, tensors)) is not None]
             self._expert = Int8Expert.of(found) if len(found) == len(names) else None
 
     def qkv(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -138,10 +147,10 @@ class Int8Products:
         # Not vLLM's silu_and_mul: on CPU it computes one exponential at a time, five times slower.
         return _quantised(self._layer.mlp.down_proj, F.silu(gate).mul_(up))
 
-    def take_over(self) -> None:
-        """Release vLLM's own copy of what is held here too: its layer cannot run any more."""
+    def take_over(self, layer: Any) -> None:
+        """Release vLLM's MLP where it is held here; the other matrices are vLLM's."""
         if self._expert is not None:
-            for linear in (self._layer.mlp.gate_up_proj, self._layer.mlp.down_proj):
+            for linear in (layer.mlp.gate_up_proj, layer.mlp.down_proj):
                 linear.scheme = linear.weight = None
 
 
@@ -176,12 +185,12 @@ def _rounds_by_token(mlp: Any) -> bool:
     return all(scheme.input_symmetric and not scheme.is_static_input_scheme for scheme in schemes)
 
 
-def _rounded(name: str, tensors: Callable[[str], torch.Tensor | None]) -> Rounded | None:
+def _int8_matrix(name: str, tensors: Callable[[str], torch.Tensor | None]) -> Int8Matrix | None:
     """Return an int8 matrix of the checkpoint, None where it has a bias or no scale for each output."""
     weight, scale, bias = (tensors(f"{name}.{part}") for part in ("weight", "weight_scale", "bias"))
     if weight is None or scale is None or scale.numel() != len(weight) or bias is not None:
         return None
-    return Rounded(weight, scale)
+    return Int8Matrix(weight, scale)
 
 
 def _product(matrix: _Packed | None, hidden: torch.Tensor) -> torch.Tensor:

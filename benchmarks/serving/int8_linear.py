@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from models.vllm_one_expert import FloatExpert, Int8Expert, Rounded, has_tiles
+from models.vllm_one_expert import BLOCK, FloatExpert, Int8Expert, Int8Matrix, has_tiles
 
 TURNS = 60
 FORWARD_TOKENS = (300, 600)
@@ -63,7 +63,7 @@ def products(inputs: int, outputs: int, tokens: int) -> dict[str, Callable[[], A
         "int8": int8,
         "int8: rounding of activations": lambda: ops.onednn_scaled_int8_quant(hidden),
     }
-    if has_tiles() and inputs % 32 == 0 and outputs % 32 == 0:
+    if has_tiles() and inputs % BLOCK == 0 and outputs % BLOCK == 0:
         packed = torch.ops._C.convert_weight_packed(rounded)
         with_rounding = torch.ops._C.int8_scaled_mm_with_quant.default
         calls["int8, vLLM's for AMX"] = lambda: with_rounding(
@@ -83,7 +83,7 @@ def mlps(hidden: int, inner: int, tokens: int) -> dict[str, Callable[[], Any]]:
     matrices = [torch.randn(shape, dtype=torch.bfloat16) / shape[1] ** 0.5 for shape in shapes]
     rows = torch.randn(tokens, hidden, dtype=torch.bfloat16)
     in_bf16 = FloatExpert.of(matrices, tokens)
-    in_int8 = Int8Expert.of([Rounded(*quantize_weight(matrix)) for matrix in matrices])
+    in_int8 = Int8Expert.of([Int8Matrix(*quantize_weight(matrix)) for matrix in matrices])
     if in_bf16 is None or in_int8 is None:
         return {}
     return {"MLP in one: bf16": lambda: in_bf16(rows), "MLP in one: int8": lambda: in_int8(rows)}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compress.quantize import quantize_weight
 from models import vllm_one_expert
 from models.vllm_model import import_vllm
-from models.vllm_one_expert import FloatExpert, Int8Expert, Rounded
+from models.vllm_one_expert import FloatExpert, Int8Expert, Int8Matrix
 from models.vllm_products import Int8Products
 
 pytestmark = [
@@ -55,7 +55,7 @@ def test_it_is_the_mlp(hidden: int, inner: int) -> None:
 
 @pytest.mark.parametrize(("hidden", "inner"), [(64, 96), (256, 528)])
 def test_int8_is_the_mlp_of_the_rounded_matrices(hidden: int, inner: int) -> None:
-    rounded = [Rounded(*quantize_weight(matrix)) for matrix in matrices(hidden, inner)]
+    rounded = [Int8Matrix(*quantize_weight(matrix)) for matrix in matrices(hidden, inner)]
     expert = Int8Expert.of(rounded)
     assert expert is not None
     whole = [matrix.weight.float() * matrix.scale.float() for matrix in rounded]
@@ -120,4 +120,4 @@ def test_what_no_kernel_takes_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FloatExpert.of(matrices(72, 96), 8) is None
     monkeypatch.setattr(vllm_one_expert, "has_tiles", lambda: False)
     assert FloatExpert.of(matrices(64, 96), 8) is None
-    assert Int8Expert.of([Rounded(*quantize_weight(matrix)) for matrix in matrices(64, 96)]) is None
+    assert Int8Expert.of([Int8Matrix(*quantize_weight(matrix)) for matrix in matrices(64, 96)]) is None
