@@ -43,7 +43,7 @@ def cost_table(rows: Rows) -> Table:
                 f"{row['requests_per_second']:.2f}",
                 f"{row['latency_ms']['p50']:.0f}",
                 f"{row['latency_ms']['p95']:.0f}",
-                _share(row["overlap@10"]) if row["contender"] != "worker" else "",
+                _share(row["overlap@10"]),
                 _share(row["exact_share"]),
             ]
         )
@@ -263,7 +263,7 @@ def gpu_table(rows: Rows) -> Table:
                 f"{row['requests_per_second']:.2f}",
                 f"{times:.0f}x" if times else "",
                 f"{1e3 * row['cpu_seconds_per_request']:.2f}",
-                _share(row["overlap@10"]) if row["contender"] != "worker" else "",
+                _share(row["overlap@10"]),
                 _share(row["exact_share"]),
             ]
         )
@@ -306,7 +306,7 @@ def precision_table(rows: Rows) -> Table:
                 str(row["requests"]),
                 f"{1e3 * seconds:.1f}",
                 f"{seconds / bf16[case(row)]:.3f}",
-                _share(row["overlap@10"]) if row["contender"] != row["chosen"] else "",
+                _share(row["overlap@10"]),
             ]
         )
     note = (
