@@ -1,6 +1,8 @@
-"""What compiled decoder layers save: forward and backward of a preset's body, with and without, in one run.
+"""What compiled decoder layers save: forward and backward of a model's body, with and without, in one run.
 
     python -m benchmarks.compiled [--base base]
+
+`smollm2-135m` has that model's shape, and random weights like the presets.
 
 Rows are packed as in training; head, loss and optimiser, the same for both, are left out. The two take turns
 step by step, so that both meet the same machine. Prints JSON: medians, seconds a step.
@@ -16,20 +18,34 @@ from transformers import PreTrainedModel
 
 from models.compiled import LONG_RUN_STEPS, compile_layers
 from models.data import load_data
+from models.finetune import SMOLLM2
 from models.precision import fast_products
-from models.presets import PRESETS, new_model, train_tokenizer
+from models.presets import PRESETS, Preset, new_model, train_tokenizer
 from models.sources import BUILT_IN
 from models.trainer import final_hidden
 
 ROWS, ROW_TOKENS, WINDOW_TOKENS = 8, 256, 128
 TURNS = 20
+SHAPES = {
+    **PRESETS,
+    SMOLLM2: Preset(
+        hidden_size=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        intermediate_size=1536,
+        vocabulary=8192,
+        max_history=20,
+    ),
+}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled")
-    parser.add_argument("--base", choices=list(PRESETS), default="base")
-    preset = PRESETS[parser.parse_args().base]
+    parser.add_argument("--base", choices=list(SHAPES), default="base")
+    preset = SHAPES[parser.parse_args().base]
     catalog = load_data(BUILT_IN).catalog
     tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
     torch.manual_seed(0)

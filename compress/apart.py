@@ -91,7 +91,7 @@ def _asked(line: str, subject: Path, done: Callable[[], int]) -> int:
 def _server() -> "subprocess.Popen[bytes]":
     environment = {k: v for k, v in os.environ.items() if k not in _LAUNCHER_VARIABLES}
     server = subprocess.Popen(
-        [sys.executable, "-m", "compress.apart"],
+        [sys.executable, "-P", "-m", "compress.apart"],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

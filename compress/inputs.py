@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from models.catalog import Catalog, file_sha256
+from models.checkpoint import weight_files
 from models.data import Dataset, Examples, Sequences
 from models.errors import LeanRecError, UsageError
 from models.sources import BUILT_IN
@@ -92,7 +93,7 @@ def model_sha256(directory: Path) -> str:
     """Return one checksum over all that a recommender's answers depend on."""
     digest = hashlib.sha256()
     names = ("config.json", "recommender.json", "tokenizer.json", "catalog.parquet")
-    for path in sorted([*directory.glob("*.safetensors"), *(directory / name for name in names)]):
+    for path in sorted([*weight_files(directory), *(directory / name for name in names)]):
         if path.is_file():
             digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()

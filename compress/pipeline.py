@@ -1,7 +1,9 @@
 """From a full recommender to a pruned one: three cuts, each restored, then verified and reported."""
 
 import contextlib
+import gc
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,13 +18,13 @@ from compress.recipe import RECIPES
 from compress.result import finish, result_of
 from compress.stages import run_stages
 from compress.verify import check_vllm_installed
-from compress.work import check_settings, hold, work_directory
 from models.checkpoint import Recommender, read_recommender
 from models.data import Dataset, load_data
 from models.errors import UsageError
 from models.families import check_supported
 from models.precision import check_int8_products
 from models.sources import BUILT_IN
+from models.unfinished import check_settings, hold, work_directory
 from models.vocabulary import trimmed_recommender
 
 
@@ -34,7 +36,8 @@ def compress(job: Job) -> Path | None:
         LeanRecError: an input is bad, or the result does not verify.
     """
     device = _device(job.device)
-    processes = PartialState(cpu=device == "cpu")
+    # The others wait for what one does alone, and a ranking of all test users takes hours of a large model.
+    processes = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # one a file it reads; ours show the work
     if device == "cpu":
@@ -61,6 +64,9 @@ def compress(job: Job) -> Path | None:
         work = work_directory(out)
         stack.enter_context(explained(work))
         run_stages(run, work, processes)
+        if device == "cuda":  # vLLM starts where enough is free
+            gc.collect()
+            torch.cuda.empty_cache()
         if processes.is_main_process:
             finish(run, work, out)
         processes.wait_for_everyone()
@@ -96,6 +102,7 @@ def _full_model(job: Job, processes: PartialState) -> Path:
 
     _say(processes, f"{directory}: not there yet, training the demonstration model")
     finetune(FinetuneConfig(base="demo", data=BUILT_IN, out=directory, seed=job.seed))
+    processes.wait_for_everyone()  # the main process writes it
     return directory
 
 

@@ -82,14 +82,15 @@ def _head_scores(model: PreTrainedModel, prompts: Sequence[CalibrationBatch]) ->
     scores = torch.zeros(len(layers), heads, dtype=torch.float64)
     for number, layer in enumerate(layers):
         for head in range(heads):
-            part = slice(head * layer.self_attn.head_dim, (head + 1) * layer.self_attn.head_dim)
 
-            def mask(_module: object, _inputs: object, output: Tensor, part: slice = part) -> Tensor:
-                masked = output.clone()
-                masked[..., part] *= MASKED
-                return masked
+            def mask(_module: object, _inputs: object, output: Tensor, head: int = head) -> Tensor:
+                by_head = output.clone().view(*output.shape[:2], heads, -1)
+                by_head[:, :, head] *= MASKED
+                return by_head.view(output.shape)
 
-            with hooked([layer.self_attn.q_proj.register_forward_hook(mask)]):
+            # Qwen3 would make the queries as large as before in its norm.
+            queries = getattr(layer.self_attn, "q_norm", layer.self_attn.q_proj)
+            with hooked([queries.register_forward_hook(mask)]):
                 scores[number, head] = float(vocabulary_kl(base, answers()))
     smooth = scores.clone()
     for number in range(1, len(layers)):

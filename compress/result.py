@@ -27,21 +27,23 @@ from compress.verify import (
     PROMPTS,
     Parity,
     Tolerance,
+    Weights,
     check_engines_agree,
     check_parameters,
-    read_weights,
 )
 from compress.vllm_rank import ServedEngine
-from compress.work import differences, finished, load_step_model, save_step, sharing
+from compress.work import finished, load_step_model, save_step, sharing
 from models.atomic import write_json, write_text
-from models.checkpoint import Recommender, load_model, read_recommender, write_recommender
+from models.checkpoint import Recommender, load_model, read_recommender, weight_bytes, write_recommender
 from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
+from models.golden import write_golden
 from models.metrics import Paired, paired, target_ranks
 from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
 from models.transformers_engine import TransformersEngine
+from models.unfinished import differences
 
 EVALUATED = 2048
 """users at a time: the engine puts prompts of like length together"""
@@ -95,7 +97,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     evidence = Evidence(
         plan=run.plan,
         achieved=reached,
-        weights=(read_weights(run.full.directory), weights),
+        weights=(Weights(run.plan.counts[0], weight_bytes(run.full.directory)), weights),
         read_seconds=(finished(shared, "read") or {})["seconds"],
         full=finished(shared, "full") or {},
         cuts=[finished(work, f"{name}-cut") or {} for name in step_names(run.plan)],
@@ -136,9 +138,10 @@ def summary(report: dict[str, Any], out: Path) -> str:
     ]
     for name in ("hr@10", "ndcg@10"):
         low, high = pruned["ci95"][name]
+        retained = report["retained"][name]  # None where the full model hit nobody
         lines.append(
             f"{name}: full {full[name]:.4f}, pruned {pruned[name]:.4f} [{low:.4f}, {high:.4f}], "
-            f"retained {report['retained'][name]:.1%}"
+            + ("nothing to retain" if retained is None else f"retained {retained:.1%}")
         )
     if quantization := report.get("quantization"):
         before, after = (quantization["metrics"][w]["test"] for w in ("unquantized", "quantized"))
@@ -176,6 +179,8 @@ def _write_candidate(run: Run, work: Path, candidate: Path) -> None:
         training=run.full.training,
         parent={"name": run.full.directory.resolve().name, "settings": run.settings},
     )
+    if model.dtype != torch.float32:
+        write_golden(candidate)  # in fp32, whatever the weights are stored in
 
 
 def _as_served(recommender: Recommender, users: Examples, kept: Path) -> dict[str, Any]:

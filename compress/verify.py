@@ -10,6 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from compress.apart import run_apart
+from models.checkpoint import weight_files
 from models.errors import LeanRecError
 from models.families import ParameterCounts, count_tensors
 
@@ -54,7 +55,7 @@ class Parity:
 def read_weights(directory: Path) -> Weights:
     """Return the parameters and bytes of a checkpoint, counted from its safetensors headers alone."""
     shapes: dict[str, list[int]] = {}
-    files = sorted(directory.glob("*.safetensors"))
+    files = weight_files(directory)
     for file in files:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict

@@ -1,4 +1,4 @@
-"""The work directory of one compression: who holds it, what it was started with, which steps are finished.
+"""The work directory of one compression: which steps are finished.
 
 A step is a directory that appears whole: `step.json` with its facts and, where it made one, a model in
 safetensors. A killed run therefore goes on from the last finished step.
@@ -8,7 +8,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,43 +20,8 @@ from models.atomic import new_directory, write_json
 from models.errors import LeanRecError
 from models.memory import peak_memory_bytes
 
-SETTINGS_FILE = "settings.json"
 STEP_FILE = "step.json"
 Facts = dict[str, Any]
-
-
-def work_directory(out: Path) -> Path:
-    """Return where the unfinished work for `out` is kept: beside it, so that both are on one disk."""
-    return out.with_name(f"{out.name}.work")
-
-
-@contextlib.contextmanager
-def hold(out: Path) -> Iterator[Path]:
-    """Yield the work directory of `out`, held against a second run until the block ends.
-
-    The lock is the kernel's: it ends with the process, however that ends.
-
-    Raises:
-        LeanRecError: another run holds it, or the place cannot be written.
-    """
-    work = work_directory(out)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "w")  # noqa: SIM115 - held for the whole block
-    except OSError as error:
-        raise LeanRecError(
-            f"--out {out}: cannot be written ({error.strerror}); choose a folder you may write to"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise LeanRecError(
-                f"--out {out}: another compress run is writing there; wait for it or choose another --out"
-            ) from error
-        _clear_unfinished(work)
-        _clear_unfinished(out.parent, out.name)
-        yield work
 
 
 @contextlib.contextmanager
@@ -70,33 +34,6 @@ def sharing(shared: Path | None) -> Iterator[None]:
     with open(shared / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def check_settings(work: Path, settings: Facts) -> None:
-    """Keep `settings` in a new work directory, or compare with those it was started with.
-
-    Raises:
-        LeanRecError: they differ; names each difference.
-    """
-    path = work / SETTINGS_FILE
-    if not path.exists():
-        write_json(path, settings)
-        return
-    different = differences(json.loads(path.read_text(encoding="utf-8")), settings)
-    if different:
-        raise LeanRecError(
-            f"{work}: holds unfinished work of another run ({'; '.join(different)}). Run with the same "
-            "settings to go on, remove that folder to start anew, or choose another --out"
-        )
-
-
-def differences(before: Facts, now: Facts) -> list[str]:
-    """Return in words which settings differ."""
-    return [
-        f"{name} was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-    ]
 
 
 def finished(work: Path, step: str) -> Facts | None:
@@ -178,13 +115,3 @@ def _sha256(path: Path) -> str:
 def remove_trainer_files(directory: Path) -> None:
     """Delete a restoration's own checkpoints once its step is finished."""
     shutil.rmtree(directory, ignore_errors=True)
-
-
-def _clear_unfinished(parent: Path, name: str = "") -> None:
-    """Delete what `new_directory` and `new_file` left when their process was killed."""
-    for entry in parent.glob(f".{name or '*'}.*"):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(entry)

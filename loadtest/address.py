@@ -1,4 +1,4 @@
-"""Where a program listens: `HOST[:PORT]` on the command line."""
+"""Where a program listens: `HOST[:PORT]` or a URL on the command line."""
 
 import socket
 from argparse import ArgumentTypeError
@@ -63,3 +63,8 @@ def is_loopback(host: str) -> bool:
         return ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_url(target: str) -> bool:
+    """Whether a target names a running service and not a directory."""
+    return target.startswith(("http://", "https://"))

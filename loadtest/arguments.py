@@ -9,7 +9,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from loadtest.address import parse_address, parse_port
+from loadtest.address import is_url, parse_address, parse_port
 from loadtest.fail_if import Condition, parse_condition
 from loadtest.generator import LOOPBACK, Generator
 from loadtest.slo import Objective, parse_objective
@@ -159,6 +159,8 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     words = list(argv) if argv is not None else sys.argv[1:]
     if options["price_per_hour"] is not None and options["objective"] is None:
         parser.error("argument --price-per-hour: needs --slo, which finds the rate that is paid for")
+    if not options["data"] and all(is_url(options[name]) for name in ("full", "pruned")):
+        parser.error("argument --data: is needed where both are URLs; a directory says what it learnt from")
     options["fail_if"] = tuple(options["fail_if"])
     workers, bind, page = (options.pop(name) for name in ("locust_workers", "locust_bind", "web_ui"))
     if bind and not workers:

@@ -17,7 +17,7 @@ from loadtest.deployment import Deployment, log_tail
 from loadtest.generator import ALONE, LOCUSTFILE, WORKERS_WAIT_S, Generator, environment_without_locust
 from loadtest.load import Load
 from loadtest.memory import cpu_seconds
-from loadtest.parts import OUT_OF_PROMPTS_EXIT_CODE, WORKERS_EXIT_CODE
+from loadtest.parts import GONE_EXIT_CODE, OUT_OF_PROMPTS_EXIT_CODE, WORKERS_EXIT_CODE
 from loadtest.processes import child_process, kill, terminate
 from models.errors import LeanRecError
 
@@ -104,6 +104,11 @@ def run_block(
             "the test split has no fresh prompts left; give fewer --seconds, more data, or --returning 1"
             if not replayed
             else "the replayed log has no requests left: this deployment is faster than the saved one"
+        )
+    if exit_code == GONE_EXIT_CODE:
+        raise LeanRecError(
+            f"the {deployment.name} deployment at {deployment.url} could not be connected to for a while; it "
+            f"answers again, but the block is not whole{log_tail(log)}"
         )
     if exit_code == WORKERS_EXIT_CODE:
         raise LeanRecError(problem.read_text(encoding="utf-8"))

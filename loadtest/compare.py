@@ -14,6 +14,7 @@ import numpy as np
 
 from loadtest.percentiles import MIN_REQUESTS_FOR_P99, PERCENTILES
 from models.errors import LeanRecError
+from models.metrics import bootstrap_interval
 
 MIN_BLOCKS_FOR_INTERVAL = 6
 """Below it even the range of all resamples holds the true value less than 95 times in 100: 1 - 2 / 2**n."""
@@ -142,10 +143,7 @@ def is_difference(ratio: Measured) -> bool:
 
 def mean(values: np.ndarray, *, seed: int = 0) -> Measured:
     """Return the mean of independent values `[n]` with a bootstrap interval over them."""
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
-    return Measured(float(values.mean()), (float(low), float(high)))
+    return Measured(float(values.mean()), bootstrap_interval(values, seed, NUM_RESAMPLES))
 
 
 def check_not_empty(blocks: Sequence[Block]) -> None:

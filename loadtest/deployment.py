@@ -16,7 +16,7 @@ from loadtest import http_json
 from loadtest.processes import Process, child_process, kill
 from models.errors import LeanRecError
 
-SERVE_COMMAND: Sequence[str] = (sys.executable, "-m", "serve.cli")
+SERVE_COMMAND: Sequence[str] = (sys.executable, "-P", "-m", "serve.cli")
 READY_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 40.0
 """More than the service takes to drain."""
@@ -64,11 +64,6 @@ class Deployment:
             http_json.get(f"{self.url}/model", timeout_s=30)
         except http_json.NoAnswerError as error:
             raise DeploymentDiedError(f"the {self.name} deployment stopped answering: {error}") from error
-
-
-def is_url(target: str) -> bool:
-    """Whether a target names a running service and not a directory."""
-    return target.startswith(("http://", "https://"))
 
 
 @contextmanager

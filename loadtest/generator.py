@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from loadtest.address import MASTER_PORT, Address, is_loopback
-from loadtest.deployment import is_url
+from loadtest.address import MASTER_PORT, Address, is_loopback, is_url
 from loadtest.load import Load, count
 from models.errors import LeanRecError, UsageError
 

@@ -43,7 +43,7 @@ from locust.exception import StopUser
 from loadtest.answers import REQUEST_TIMEOUT_S, problem_with
 from loadtest.api_key import authorization
 from loadtest.master import DealtBlock, Master
-from loadtest.parts import OUT_OF_PROMPTS, OUT_OF_PROMPTS_EXIT_CODE, PREPARED, ROW
+from loadtest.parts import GONE_EXIT_CODE, OUT_OF_PROMPTS, OUT_OF_PROMPTS_EXIT_CODE, PREPARED, ROW
 from loadtest.share import Share
 from loadtest.workload import Workload, load
 
@@ -252,6 +252,8 @@ class Asking(FastHttpUser):
         if Run.connection_failures >= GIVE_UP_AFTER:
             problem = f"{GIVE_UP_AFTER} connection failures in a row to {self.host}"
             logger.error(problem)
+            if not Run.share:
+                self.environment.process_exit_code = GONE_EXIT_CODE
             end_test(self.environment, problem)
         gevent.sleep(0.1)
 

@@ -30,6 +30,8 @@ PREPARED = 2000
 REFILL = PREPARED // 2
 OUT_OF_PROMPTS = "out of prompts"
 OUT_OF_PROMPTS_EXIT_CODE = 3
+GONE_EXIT_CODE = 5
+"""The deployment cannot be connected to; a worker tells it to its master instead."""
 WORKERS_EXIT_CODE = 4
 """Something is wrong with the workers; what it is stands in the file that LEANREC_PROBLEM names."""
 

@@ -1,5 +1,6 @@
 """Everything that is read and checked before anything starts."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -7,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loadtest.address import is_url
 from loadtest.arguments import Arguments
-from loadtest.deployment import Deployment, attached, is_url
+from loadtest.deployment import Deployment, attached
 from loadtest.example import example_report
 from loadtest.fail_if import check_paths
 from loadtest.generator import Generator
@@ -93,6 +95,7 @@ def prepare(arguments: Arguments) -> Preparation:
     if arguments.save_requests:
         _check_writable(f"--save-requests {arguments.save_requests}", arguments.save_requests.parent)
     _check_writable(f"--out {out}", out)
+    _check_free(out)
     _empty(out)
     return Preparation(
         plan=plan,
@@ -161,6 +164,28 @@ def _check_writable(label: str, folder: Path) -> None:
             pass
     except OSError as error:
         raise LeanRecError(f"{label}: cannot be written ({error.strerror}); choose another") from error
+
+
+def _check_free(out: Path) -> None:
+    """Refuse to replace what no load test wrote: an earlier one left both of its folders."""
+    taken = [name for name in OUTPUTS if (out / name).exists()]
+    if not taken or (
+        (out / "requests").is_dir() and (out / "logs").is_dir() and _is_ours(out / "report.json")
+    ):
+        return
+    raise LeanRecError(
+        f"--out {out}: holds {' and '.join(taken)} that no load test wrote, and would lose it; choose another"
+    )
+
+
+def _is_ours(report: Path) -> bool:
+    """Whether a report is a load test's; one that was not written yet counts as that."""
+    try:
+        return "levels" in json.loads(report.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _empty(out: Path) -> None:

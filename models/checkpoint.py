@@ -144,16 +144,7 @@ def check_weights(directory: Path) -> None:
     Raises:
         LeanRecError: no safetensors, a shard is missing, or a file is shorter than its header says.
     """
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise LeanRecError(f"{index}: not a valid safetensors index ({error})") from error
-    else:
-        names = ["model.safetensors"]
-    for name in names:
-        path = inside(directory, name, index)
+    for path in weight_files(directory):
         if not path.is_file():
             others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
                 p.name for p in directory.glob("*.pt")
@@ -161,6 +152,27 @@ def check_weights(directory: Path) -> None:
             hint = f"; {others[0]} is a pickle and is not read: convert it to safetensors" if others else ""
             raise LeanRecError(f"{path}: no such file{hint}")
         read_safetensors_header(path)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the files that hold a checkpoint's weights: not all that may lie beside them.
+
+    Raises:
+        LeanRecError: the index is damaged, or names a file outside the directory.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise LeanRecError(f"{index}: not a valid safetensors index ({error})") from error
+    return [inside(directory, name, index) for name in names]
+
+
+def weight_bytes(directory: Path) -> int:
+    """Return the bytes of a checkpoint's weights on disk."""
+    return sum(path.stat().st_size for path in weight_files(directory))
 
 
 def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
@@ -234,7 +246,27 @@ def load_model(
             raise LeanRecError(
                 f"{recommender.directory}: {name} holds values that are not finite (NaN or infinity)"
             )
+    make_storable(model)
     return model.to(device).eval()
+
+
+def make_storable(model: "PreTrainedModel") -> None:
+    """Reduce a generation config that transformers reads, with a warning, and refuses to write.
+
+    Sampling settings play no part where titles are ranked; some fine-tunes have them without `do_sample`.
+    """
+    from transformers import GenerationConfig
+
+    given = model.generation_config
+    if given is None:
+        return
+    try:
+        given.validate(strict=True)
+    except ValueError:
+        ids = {name: getattr(given, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if isinstance(ids["pad_token_id"], int) and ids["pad_token_id"] < 0:
+            del ids["pad_token_id"]
+        model.generation_config = GenerationConfig(**ids)
 
 
 def write_recommender(

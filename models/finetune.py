@@ -1,5 +1,6 @@
 """Makes a full recommender: from scratch, or from a checkpoint, on a data set."""
 
+import contextlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from models.catalog import Catalog
-from models.checkpoint import Recommender, read_recommender, write_recommender
+from models.checkpoint import Recommender, make_storable, read_recommender, write_recommender
 from models.compiled import compile_layers
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
@@ -21,6 +22,7 @@ from models.prompt import STREAM_TEMPLATE, PromptConfig
 from models.sources import find_source
 from models.streams import PackedStreams, StreamConfig
 from models.trainer import ChosenBy, RecommenderTrainer
+from models.unfinished import SETTINGS_FILE, check_settings, hold, work_directory
 
 SMOLLM2 = "smollm2-135m"
 COST = "training.json"
@@ -71,7 +73,8 @@ def finetune(config: FinetuneConfig) -> Path:
 
     Raises:
         UsageError: an unknown base or loss, or pieces of less than two titles.
-        LeanRecError: the output is taken, or the data or the base cannot be used.
+        LeanRecError: the output is taken, another run is at it or left other work, or the data or the base
+            cannot be used.
     """
     out = Path(config.out)
     settings = {
@@ -91,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Path:
             f"piece_titles {config.piece_titles}: a piece has a title to read and one to predict"
         )
     set_seed(config.seed)
-    work = out.with_name(out.name + ".work")
+    work = work_directory(out)
     data = load_data(config.data)
     preset = PRESETS.get(config.base)
     prompt = PromptConfig(
@@ -104,26 +107,32 @@ def finetune(config: FinetuneConfig) -> Path:
         directory=out, config=model.config, tokenizer=tokenizer, catalog=data.catalog, prompt=prompt
     )
     trainer = _trainer(config, preset, recommender, model, data, work=work)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    if trainer.is_world_process_zero():
-        write_recommender(
-            out,
-            model=model.to(torch.float32),
-            tokenizer=tokenizer,
-            catalog=data.catalog,
-            prompt=prompt,
-            training={
-                "data": config.data,
-                "split": "given" if find_source(config.data).has_splits else "leave-one-out",
-                "seed": config.seed,
-                "base": config.base,
-                "chosen_by": trainer.chosen_by,
-                "piece_titles": config.piece_titles,
-                "settings": settings,
-            },
-            extra_files={COST: json.dumps(trainer.cost(), indent=2)},
-        )
-        shutil.rmtree(work, ignore_errors=True)
+    with hold(out) if trainer.is_world_process_zero() else contextlib.nullcontext():
+        checkpoint = _last_checkpoint(work)
+        if trainer.is_world_process_zero():
+            if checkpoint is None:  # nothing is lost
+                (work / SETTINGS_FILE).unlink(missing_ok=True)
+            check_settings(work, settings)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if trainer.is_world_process_zero():
+            write_recommender(
+                out,
+                model=model.to(torch.float32),
+                tokenizer=tokenizer,
+                catalog=data.catalog,
+                prompt=prompt,
+                training={
+                    "data": config.data,
+                    "split": "given" if find_source(config.data).has_splits else "leave-one-out",
+                    "seed": config.seed,
+                    "base": config.base,
+                    "chosen_by": trainer.chosen_by,
+                    "piece_titles": config.piece_titles,
+                    "settings": settings,
+                },
+                extra_files={COST: json.dumps(trainer.cost(), indent=2)},
+            )
+            shutil.rmtree(work, ignore_errors=True)
     return out
 
 
@@ -158,6 +167,7 @@ def _base(
         raise LeanRecError(
             f"base {source!r}: cannot be loaded ({str(error).strip().splitlines()[0]})"
         ) from error
+    make_storable(model)
     return model, tokenizer
 
 
@@ -180,7 +190,7 @@ def _trainer(
         seed=config.seed,
     )
     batch_tokens = config.batch_tokens or (preset.batch_tokens if preset else BATCH_TOKENS)
-    batch = max(1, batch_tokens // rows.row_tokens)
+    batch = max(1, min(batch_tokens // rows.row_tokens, rows.rows_per_epoch))  # little data: smaller steps
     steps_per_epoch = max(1, rows.rows_per_epoch // batch)
     cuda = torch.cuda.is_available() and config.device != "cpu"
     if config.device == "cuda" and not cuda:

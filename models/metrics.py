@@ -55,12 +55,15 @@ def paired(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int 
         first, second: 1-based rank of each user's target, 0 where it is not in the list, int `[users]`.
     """
     rng = np.random.default_rng(seed)
-    draws = [rng.integers(len(first), size=len(first)) for _ in range(resamples)]
     ours, theirs = per_user_metrics(first), per_user_metrics(second)
+    drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in ours}
+    for _ in range(resamples):  # one at a time: together they would take gigabytes of many users
+        draw = rng.integers(len(first), size=len(first))
+        for name, before in ours.items():
+            drawn[name].append((before[draw].mean(), theirs[name][draw].mean()))
     found = {}
     for name, before in ours.items():
-        after = theirs[name]
-        means = np.array([(before[draw].mean(), after[draw].mean()) for draw in draws])
+        after, means = theirs[name], np.array(drawn[name])
         low, high = np.percentile(means[:, 0] - means[:, 1], [2.5, 97.5])
         whole = bool((means[:, 0] > 0).all())
         ratios = np.percentile(means[:, 1] / means[:, 0], [2.5, 97.5]) if whole else None

@@ -4,7 +4,7 @@ Interactions are read in Arrow batches and kept as 16 bytes each, so files may b
 """
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,8 +94,7 @@ class FolderSource:
     def items(self) -> Catalog:
         tables = list(_batches(self.items_path, {"item_id": pa.string(), "title": pa.string()}))
         ids = [i for t in tables for i in t["item_id"].to_pylist()]
-        if any(i is None for i in ids):
-            raise LeanRecError(f"{self.items_path}: has rows without item_id")
+        _check_ids(ids, self.items_path)
         return make_catalog(
             ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path)
         )
@@ -175,6 +174,7 @@ class RecBoleSource:
             raise LeanRecError(
                 f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}"
             )
+        _check_ids(table["item_id"].to_pylist(), self.item)
         titles = table[title].to_pylist()
         if "release_year" in table.column_names:
             # Several films share a name; the year tells them apart, as in MovieLens' own titles.
@@ -223,19 +223,25 @@ def _batches(
     """Yield tables of the named columns, cast where a type is given."""
     try:
         if path.suffix == ".csv":
-            strings = {name: pa.string() for name, kind in columns.items() if kind is not None}
-            reader = pcsv.open_csv(path, convert_options=pcsv.ConvertOptions(column_types=strings))
-            names, batches = reader.schema.names, iter(reader)
+            with pcsv.open_csv(path) as reader:
+                names = reader.schema.names
         else:
             file = pq.ParquetFile(path)
             names = file.schema_arrow.names
-            wanted = [n for n in (*columns, *(optional or {})) if n in names]
-            batches = file.iter_batches(columns=wanted)
         missing = set(columns) - set(names)
         if missing:
             raise LeanRecError(
                 f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}"
             )
+        wanted = [n for n in (*columns, *(optional or {})) if n in names]
+        batches: Iterable[pa.RecordBatch]
+        if path.suffix == ".csv":
+            # The others stay unread: a column's type is guessed from its first megabyte, and then kept to.
+            strings = {name: pa.string() for name, kind in columns.items() if kind is not None}
+            options = pcsv.ConvertOptions(column_types=strings, include_columns=wanted)
+            batches = pcsv.open_csv(path, convert_options=options)
+        else:
+            batches = file.iter_batches(columns=wanted)
         for batch in batches:
             table = pa.Table.from_batches([batch])
             for name, kind in columns.items():
@@ -273,6 +279,11 @@ def _item_rows(ids: pa.Array, catalog: Catalog, path: Path) -> np.ndarray:
     return np.asarray(rows.to_numpy(zero_copy_only=False), np.int32)
 
 
+def _check_ids(ids: Sequence[str | None], path: Path) -> None:
+    if not all(ids):
+        raise LeanRecError(f"{path}: has rows without item_id")
+
+
 def _collect(
     path: Path, tables: Iterator[pa.Table], catalog: Catalog
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
@@ -283,7 +294,7 @@ def _collect(
     for table in tables:
         encoded = table["user_id"].combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        if encoded.indices.null_count:
+        if encoded.indices.null_count or "" in names:  # CSV files have no nulls
             raise LeanRecError(f"{path}: has rows without user_id")
         own = np.array([codes.setdefault(name, len(codes)) for name in names], np.int32)
         users.append(own[encoded.indices.to_numpy()] if len(names) else np.zeros(0, np.int32))

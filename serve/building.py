@@ -54,7 +54,7 @@ def _build_apart(directory: Path, catalog: Catalog) -> Trie:
     with TemporaryDirectory(prefix="leanrec-catalog-") as folder:
         write_catalog(Path(folder) / _CATALOG, replace(catalog, attributes={}))
         done = subprocess.run(
-            [sys.executable, "-m", "serve.building", str(directory), folder],
+            [sys.executable, "-P", "-m", "serve.building", str(directory), folder],
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

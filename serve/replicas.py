@@ -205,7 +205,7 @@ async def _start(arguments: Sequence[str], count: int) -> list[_Replica]:
     replicas = []
     for index, ((ours, theirs), teller) in enumerate(zip(controls, tellers, strict=True)):
         descriptors = (theirs.fileno(), teller.fileno())
-        command = [sys.executable, "-m", "serve.replica", str(index), *map(str, descriptors), names]
+        command = [sys.executable, "-P", "-m", "serve.replica", str(index), *map(str, descriptors), names]
         process = await asyncio.create_subprocess_exec(
             *command,
             *arguments,

@@ -31,7 +31,7 @@ class GoldenSource:
         if self._stored is None:
             logger.info("%s: no %s; computing the golden answer with transformers", directory, FILE)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "models.golden", str(directory)],
+                [sys.executable, "-P", "-m", "models.golden", str(directory)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

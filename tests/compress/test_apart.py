@@ -42,6 +42,23 @@ def test_what_is_asked_apart_answers_and_ends(tmp_path):
 
 
 @pytest.mark.slow
+def test_folders_of_the_user_do_not_stand_in_for_packages(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("raise ImportError('not ours')")
+    script = "from compress.apart import run_apart; print(run_apart('builtins:dict', {'a': 1}, 'x'))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "{'a': 1}\n", done.stderr
+
+
+@pytest.mark.slow
 def test_what_fails_apart_says_why_and_the_next_is_answered(tmp_path):
     with pytest.raises(LeanRecError, match="could not run it: RuntimeError: no such thing"):
         run_apart("tests.compress.waits_apart:fail", {"message": "no such thing"}, tmp_path)

@@ -1,7 +1,9 @@
 """The whole job: stages that resume, a verified result with its reports, one run to an output at a time."""
 
+import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,17 +16,23 @@ import pytest
 import torch
 import yaml
 from accelerate import PartialState
+from safetensors.torch import save_file
 
 from compress import work
+from compress.inputs import model_sha256
 from compress.job import Job
 from compress.measure import Yardstick
 from compress.pipeline import prepare
-from compress.result import result_of
+from compress.result import _write_candidate, result_of
 from compress.stages import run_stages, step_names
+from compress.verify import read_weights
 from models.checkpoint import load_model, read_recommender
 from models.errors import LeanRecError
 from models.families import Shape
+from models.golden import FILE as GOLDEN
+from models.golden import compute_golden
 from models.ranked_lists import RANKED_LISTS, read_lists
+from models.unfinished import check_settings, hold, work_directory
 from tests.tiny import make_tiny_recommender
 
 TARGET = "30%"
@@ -91,21 +99,21 @@ def test_an_interruption_anywhere_in_the_stages_changes_nothing(staged, tmp_path
 
 def test_settings_that_differ_are_told(full, tmp_path):
     run = prepare(Job(target=TARGET, device="cpu"), full, "cpu")
-    work.check_settings(tmp_path, run.settings)
-    work.check_settings(tmp_path, run.settings)
+    check_settings(tmp_path, run.settings)
+    check_settings(tmp_path, run.settings)
     with pytest.raises(LeanRecError, match=r"seed was 0, now 1.*remove that folder to start anew"):
-        work.check_settings(tmp_path, {**run.settings, "seed": 1})
+        check_settings(tmp_path, {**run.settings, "seed": 1})
 
 
 def test_a_second_run_on_one_output_is_refused(tmp_path):
     out = tmp_path / "out"
     with (
-        work.hold(out),
-        pytest.raises(LeanRecError, match="another compress run is writing there"),
-        work.hold(out),
+        hold(out),
+        pytest.raises(LeanRecError, match="another run is writing there"),
+        hold(out),
     ):
         pass
-    with work.hold(out):
+    with hold(out):
         pass
 
 
@@ -114,7 +122,7 @@ def test_holding_clears_what_a_killed_run_left_half_written(tmp_path):
     (tmp_path / "out.work" / ".1-width.abc").mkdir(parents=True)
     (tmp_path / ".out.xyz").mkdir()
     (tmp_path / ".other.xyz").mkdir()
-    with work.hold(out) as directory:
+    with hold(out) as directory:
         assert sorted(path.name for path in directory.iterdir()) == ["lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.xyz", "out.work"]
 
@@ -143,6 +151,25 @@ def finished(full, tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return out, done
+
+
+@pytest.mark.slow
+def test_a_model_stored_in_bf16_proves_itself_in_fp32(staged, tmp_path):
+    run, directory = staged
+    stored = copy.deepcopy(run.full.config)
+    stored.dtype = torch.bfloat16
+    _write_candidate(replace(run, full=replace(run.full, config=stored)), directory, tmp_path / "result")
+    written = read_recommender(tmp_path / "result")
+    assert written.config.dtype == torch.bfloat16
+    kept = (tmp_path / "result" / GOLDEN).read_text(encoding="utf-8")
+    assert kept == compute_golden(written).as_json()
+
+
+def test_weights_are_the_files_that_the_checkpoint_names(full, tmp_path):
+    other = shutil.copytree(full, tmp_path / "full")
+    save_file({"layers.0.attention.wk.weight": torch.zeros(2, 2)}, other / "consolidated.safetensors")
+    assert read_weights(other) == read_weights(full)
+    assert model_sha256(other) == model_sha256(full)
 
 
 @pytest.mark.slow
@@ -208,7 +235,7 @@ def wait_for(pattern: str, folder: Path, process: subprocess.Popen) -> None:
 @pytest.mark.vllm
 def test_sigkill_at_several_points_ends_with_the_same_weights(full, finished, tmp_path):
     out = tmp_path / "pruned"
-    folder = work.work_directory(out)
+    folder = work_directory(out)
     for pattern in (
         "teacher",
         "1-width.trainer/checkpoint-*",

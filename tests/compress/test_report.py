@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,6 +14,7 @@ from compress.card import render_card
 from compress.page import render_page
 from compress.plots import Bar, Line, bar_chart, heat_map, line_chart, short_number
 from compress.report import make_report
+from compress.result import summary
 from models.checkpoint import read_recommender
 from models.metrics import paired
 from tests.browser.compressions import COMPRESSIONS
@@ -58,6 +60,7 @@ def test_a_full_model_that_hits_nothing_has_no_retention(evidence):
     report = make_report(replace(evidence, compared=paired(nothing, nothing)))
     assert report["retained"]["ndcg@10"] is None
     assert "NDCG@10" not in render_page(report, evidence).split("</p>")[0]
+    assert "nothing to retain" in summary(report, Path("out"))
 
 
 class Strict(HTMLParser):

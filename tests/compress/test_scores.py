@@ -14,7 +14,13 @@ def model(family_config, random_model):
 
 
 @pytest.mark.slow
-def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(model, calibration_rows, catalogue_trie):
+@pytest.mark.parametrize(
+    ("family", "mask", "rtol"), [("llama-tied", prunerec.MASKED, 1e-3), ("qwen3", 0, 1e-2)]
+)
+def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(
+    *, family, mask, rtol, family_config, random_model, calibration_rows, catalogue_trie
+):
+    model = random_model(family_config(family))
     found = prunerec.width_scores(model, calibration_rows, ValidTokens(catalogue_trie))
     prompts = prunerec._prompts(calibration_rows)
     assert len(prompts) == prunerec.PROMPTS
@@ -28,14 +34,16 @@ def test_the_published_head_score_is_the_smoothed_kl_of_masking_it(model, calibr
         weight = model.model.layers[layer].self_attn.q_proj.weight
         before = weight.detach().clone()
         with torch.no_grad():
-            weight[head * 32 : (head + 1) * 32] *= prunerec.MASKED
+            weight[head * 32 : (head + 1) * 32] *= (
+                mask  # Qwen3 makes small queries large again, and leaves none alone
+            )
             after = last_logits()
             weight.copy_(before)
         return float(vocabulary_kl(last_logits(), after))
 
     own = torch.tensor([[masked(layer, head) for head in range(4)] for layer in (0, 1)])
-    assert torch.allclose(found.heads[0].float(), own[0], rtol=1e-3)
-    assert torch.allclose(found.heads[1].float(), 0.7 * own[0] + 0.3 * own[1], rtol=1e-3)
+    assert torch.allclose(found.heads[0].float(), own[0], rtol=rtol)
+    assert torch.allclose(found.heads[1].float(), 0.7 * own[0] + 0.3 * own[1], rtol=rtol)
     assert found.channels.shape == (128,)
     assert (found.channels > 0).all()
 

@@ -19,7 +19,7 @@ from compress.pipeline import prepare
 from compress.plan import make_plan
 from compress.stages import run_stages
 from compress.verify import read_weights
-from compress.work import check_settings, finished, load_step_model
+from compress.work import finished, load_step_model
 from models.checkpoint import Recommender, load_model, read_recommender, write_recommender
 from models.data import load_data
 from models.errors import LeanRecError, run_command
@@ -27,6 +27,7 @@ from models.gguf_smollm2 import smollm2_gguf
 from models.prompt import PromptConfig
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
+from models.unfinished import check_settings
 from models.vocabulary import trimmed_recommender
 from tests.byte_level import make_full
 

@@ -29,6 +29,22 @@ def copy(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copy"))
 
 
+def test_a_generation_config_that_transformers_would_not_write_is_reduced(copy: Path, tmp_path: Path) -> None:
+    described = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+        "pad_token_id": -1,
+    }
+    write_text(copy / "generation_config.json", json.dumps(described))
+    model = load_model(read_recommender(copy))
+    model.save_pretrained(tmp_path / "saved")
+    kept = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert kept["eos_token_id"] == [2, 3]
+    assert not {"temperature", "top_p", "pad_token_id"} & set(kept)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_reads_back_equal(tmp_path: Path, family: str) -> None:
     make_tiny_recommender(tmp_path / "full", family, num_layers=2)

@@ -58,6 +58,16 @@ def test_attention_over_long_rows_keeps_no_scores():
         assert model.config._attn_implementation == expected
 
 
+@needs_compiler
+def test_a_large_model_s_run_is_long_after_fewer_steps(monkeypatch):
+    model = tiny_model("qwen3", 64)
+    parameters = sum(weight.numel() for weight in model.get_decoder().layers.parameters())
+    monkeypatch.setattr(compiled, "SMALL_MODEL", parameters // 2)
+    steps = LONG_RUN_STEPS["cpu"] // 2
+    assert not compile_layers(model, steps=steps - 1, row_tokens=32, device="cpu")
+    assert compile_layers(model, steps=steps, row_tokens=32, device="cpu")
+
+
 @pytest.mark.parametrize("case", ["short", "no compiler", "per layer"])
 def test_layers_are_left_alone_where_compiling_does_not_pay(case, monkeypatch):
     model = random_model("qwen3") if case == "per layer" else tiny_model("qwen3", 64)

@@ -44,6 +44,28 @@ def test_leave_one_out_from_a_folder(tmp_path: Path, extension: str) -> None:
     assert data.catalog.popularity.tolist() == [2, 2, 0, 0]
 
 
+def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
+    many = 200_000  # more than the megabyte from which a type is guessed
+    prices = ["12"] * many + ["12.99"]
+    ids = [f"i{n}" for n in range(many + 1)]
+    source = write(tmp_path, "csv")
+    lines = [f"{i},Title {i},{price}" for i, price in zip(ids, prices, strict=True)]
+    lines += [f"{i},{title},1" for i, title in zip(ITEMS["item_id"], ITEMS["title"], strict=True)]
+    (tmp_path / "items.csv").write_text("\n".join(["item_id,title,price", *lines]) + "\n")
+    assert len(load_data(source).catalog) == many + 1 + 4
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv"])
+@pytest.mark.parametrize("column", ["user_id", "item_id"])
+def test_rows_without_an_id_are_refused(tmp_path: Path, extension: str, column: str) -> None:
+    nothing = "" if extension == "csv" else None
+    bad = {**INTERACTIONS, "user_id": ["u", nothing, "u", "u", "u", "v"]}
+    items = {**ITEMS, "item_id": ["a", "b", nothing, "d"]}
+    source = write(tmp_path, extension, *((ITEMS, bad) if column == "user_id" else (items, INTERACTIONS)))
+    with pytest.raises(LeanRecError, match=f"has rows without {column}"):
+        load_data(source)
+
+
 def test_interactions_of_one_second_keep_the_files_order(tmp_path: Path) -> None:
     same = {"user_id": ["u"] * 4, "item_id": ["d", "a", "c", "b"], "timestamp": [7, 7, 7, 7]}
     data = load_data(write(tmp_path, "parquet", interactions=same))

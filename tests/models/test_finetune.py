@@ -20,6 +20,7 @@ from models.evaluate import evaluate, evaluate_baselines
 from models.finetune import FinetuneConfig, finetune
 from models.finetune_cli import main
 from models.transformers_engine import TransformersEngine
+from models.unfinished import hold
 from tests.tiny import make_tiny_recommender, write_tiny_data
 
 SMALL = presets.Preset(
@@ -125,10 +126,29 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> 
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "resumed").exists()
+    command_with_other = [*command("resumed"), "--learning-rate", "0.1"]
+    other = subprocess.run(
+        command_with_other, cwd=tmp_path, env=environment, capture_output=True, check=False
+    )
+    assert other.returncode == 1
+    assert b"learning_rate was 'None', now '0.1'" in other.stderr
     subprocess.run(command("resumed"), cwd=tmp_path, env=environment, check=True, capture_output=True)
     assert (tmp_path / "resumed" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.slow
+def test_less_data_than_a_step_wants_makes_smaller_steps(tmp_path: Path) -> None:
+    out = finetune(config(tmp_path, epochs=1, batch_tokens=1_000_000))
+    cost = json.loads((out / "training.json").read_text())
+    assert 0 < cost["tokens"] < 1_000_000
+
+
+def test_a_second_run_on_one_output_is_refused(tmp_path: Path) -> None:
+    settings = config(tmp_path, epochs=1)
+    with hold(settings.out), pytest.raises(LeanRecError, match="another run is writing there"):
+        finetune(settings)
 
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
