@@ -96,6 +96,8 @@ class BestFirstSearch:
             excluded_rows = np.fromiter(excluded, np.int64, len(excluded))
             available = subset.count - int(np.count_nonzero(subset.rows[excluded_rows]))
         self._goal = min(self.request.k, available)
+        self._is_whole = self._goal == available
+        """Whether all that may be recommended is asked for: what is open once it is found, is left out"""
         self._budget = self.settings.budget(self.request)
         if self._goal > 0:
             self._push(np.zeros(1), np.zeros(1, np.int64))
@@ -158,7 +160,7 @@ class BestFirstSearch:
 
     def result(self) -> SearchResult:
         """Return the best items found."""
-        bound = self._open[0][0] if self._open else np.inf
+        bound = self._open[0][0] if self._open and not self._is_whole else np.inf
         return SearchResult(
             rows=[row for _, _, row in self._done],
             scores=[-score for score, _, _ in self._done],

@@ -43,8 +43,8 @@ class PoolingEngine:
 
     def use_trie(self, trie: Trie) -> None:
         """Recommend from another catalogue from now on."""
-        self._trie = trie
         self._head = ChildHead(self._head_weight, trie)
+        self._trie = trie
 
     def tokens_to_compute(self, prompt: Sequence[int]) -> int:
         """Return the prompt's length: only vLLM's scheduler knows what is cached."""

@@ -112,24 +112,28 @@ class Batcher:
         self._seconds_per_request = 0.05
         self._lost = ""
         """Why the engine answers no more, where it does not"""
+        self._cached_tokens = 0
+        """Found in the prefix cache for the batch that runs; touched only in the engine's thread"""
+        self.coming = 0
+        """Requests that were let in and are on their way to the queue"""
         self.on_lost: Callable[[str], None] = lambda _: None
 
     @property
     def expected_wait_s(self) -> float:
         """How long a request that came now would wait for its answer, seconds; an estimate."""
-        return (len(self._queue) + len(self._running)) * self._seconds_per_request
+        ahead = self.coming + len(self._queue) + len(self._running)
+        return ahead * self._seconds_per_request
 
     def refusal(self) -> ServiceProblem | None:
-        """Return why a request that comes now is turned away, or None."""
+        """Return why a request that comes now is turned away, and count it, or return None."""
         if self._lost:
             return unavailable(self._lost, LOST_RETRY_S)
-        expected_s = self.expected_wait_s
+        expected_s, waiting = self.expected_wait_s, len(self._queue) + self.coming
         limits = self._limits
-        if len(self._queue) < limits.waiting and expected_s <= ADMITTED_SHARE * limits.longest_wait_s:
+        if waiting < limits.waiting and expected_s <= ADMITTED_SHARE * limits.longest_wait_s:
             return None
-        detail = (
-            f"{len(self._queue)} requests are waiting, which is all that can be answered in time; try again"
-        )
+        self._metrics.refused.inc()
+        detail = f"{waiting} requests are waiting, which is all that can be answered in time; try again"
         return unavailable(detail, max(1, math.ceil(expected_s)))
 
     async def answer(
@@ -152,8 +156,9 @@ class Batcher:
                 engine fails on this request.
             ClientLeftError: nobody waits any more; the request is out of the queue.
         """
-        refused = self.refusal() if deadline is not None else None
-        if refused is not None:
+        if self._lost:
+            raise unavailable(self._lost, LOST_RETRY_S)
+        if deadline is not None and (refused := self.refusal()) is not None:
             raise refused
         loop = asyncio.get_running_loop()
         waiting = _Waiting(search, shelf, loop.create_future())
@@ -179,9 +184,13 @@ class Batcher:
 
     def _expire(self, waiting: _Waiting) -> None:
         if not waiting.answer.done():
-            self._metrics.late.inc()
-            detail = f"there was no answer within {self._limits.longest_wait_s:g} s; try again"
-            waiting.answer.set_exception(unavailable(detail, max(1, math.ceil(self.expected_wait_s))))
+            waiting.answer.set_exception(self.lateness())
+
+    def lateness(self) -> ServiceProblem:
+        """Count a request that was let in and is given up, and return what it is told."""
+        self._metrics.late.inc()
+        detail = f"there was no answer within {self._limits.longest_wait_s:g} s; try again"
+        return unavailable(detail, max(1, math.ceil(self.expected_wait_s)))
 
     def _forget(self, waiting: _Waiting) -> None:
         """Take a request out of the queue, if it still waits: it runs, or nobody wants it any more."""
@@ -213,7 +222,7 @@ class Batcher:
             self._seconds_per_request += 0.1 * (seconds - self._seconds_per_request)
             self._metrics.batch_size.observe(len(batch))
             self._metrics.prompt_tokens.inc(sum(len(waiting.search.prompt) for waiting in batch))
-            self._metrics.cached_tokens.inc(self._engine.timings.cached_tokens)
+            self._metrics.cached_tokens.inc(self._cached_tokens)
             for waiting, answer in zip(batch, answers, strict=True):
                 if waiting.answer.done():  # its client left
                     continue
@@ -250,11 +259,12 @@ class Batcher:
     def _answer_in_thread(self, batch: list[_Waiting]) -> list[Answered | Exception]:
         begun = time.perf_counter()
         shelf = batch[0].shelf
+        self._cached_tokens = 0
         try:
             if shelf is not self._shelf:
                 self._engine.use_trie(shelf.trie)
                 self._shelf = shelf
-            results: Sequence[SearchResult | Exception] = self._engine.recommend([w.search for w in batch])
+            results: Sequence[SearchResult | Exception] = self._search([w.search for w in batch])
         except Exception as error:
             logger.error("a batch of %d requests failed", len(batch), exc_info=error)
             results = [self._answer_alone(waiting, error) for waiting in batch]
@@ -268,6 +278,11 @@ class Batcher:
             for waiting, result in zip(batch, results, strict=True)
         ]
 
+    def _search(self, requests: list[SearchRequest]) -> Sequence[SearchResult]:
+        results = self._engine.recommend(requests)
+        self._cached_tokens += self._engine.timings.cached_tokens
+        return results
+
     def _answer_alone(self, waiting: _Waiting, error: Exception) -> SearchResult | Exception:
         """Keep one bad request from spoiling its neighbours' answers."""
         failed = ServiceProblem(500, "the engine failed on this request; the log has the cause")
@@ -275,7 +290,7 @@ class Batcher:
         if waiting.shelf is not self._shelf:
             return failed
         try:
-            return self._engine.recommend([waiting.search])[0]
+            return self._search([waiting.search])[0]
         except Exception as again:
             failed.__cause__ = again
             return failed

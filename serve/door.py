@@ -20,7 +20,6 @@ class Door:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == PATH:
             refused = self._service.refusal()
             if refused is not None:
-                self._service.metrics.refused.inc()
                 await send_problem(scope, send, refused)
                 return
         await self.app(scope, receive, send)

@@ -1,5 +1,6 @@
 """Attribute filters: what a request's `filters` leave of one catalogue."""
 
+import hashlib
 import json
 import math
 import threading
@@ -18,6 +19,8 @@ from serve.schemas import AttributeKind, AttributeRange
 
 KEPT_BYTES = 64 * 2**20
 """Of the subsets that the latest filters left."""
+ENTRY_BYTES = 512
+"""What one takes besides its arrays"""
 
 LARGEST = 2**63 - 1
 
@@ -47,7 +50,7 @@ class Filters:
         self._columns = {name: _whole(column) for name, column in catalog.attributes.items()}
         self.kinds = {name: _KINDS[column.type] for name, column in self._columns.items()}
         self._items = len(catalog)
-        self._kept: OrderedDict[str, Subset] = OrderedDict()
+        self._kept: OrderedDict[bytes, Subset] = OrderedDict()
         self._lock = threading.Lock()
 
     def kept(self, conditions: Mapping[str, Condition]) -> Subset | None:
@@ -71,7 +74,7 @@ class Filters:
         for name, condition in conditions.items():
             rows &= self._rows(name, condition)
         subset = Subset.of(trie, rows)
-        size = subset.rows.nbytes + subset.leaves.nbytes + subset.nodes.nbytes
+        size = ENTRY_BYTES + subset.rows.nbytes + subset.leaves.nbytes + subset.nodes.nbytes
         with self._lock:
             self._kept[_key(conditions)] = subset
             while len(self._kept) > max(1, KEPT_BYTES // size):
@@ -129,11 +132,12 @@ def _numpy(column: pa.Array) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False)
 
 
-def _key(conditions: Mapping[str, Condition]) -> str:
+def _key(conditions: Mapping[str, Condition]) -> bytes:
     plain = {
         name: [condition.min, condition.max, "range"]
         if isinstance(condition, AttributeRange)
         else [sorted({(type(value).__name__, value) for value in condition}), "values"]
         for name, condition in conditions.items()
     }
-    return json.dumps(plain, sort_keys=True)
+    # The conditions themselves may take a megabyte.
+    return hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=16).digest()

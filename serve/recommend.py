@@ -53,7 +53,7 @@ def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Pre
         history, unknown = _found(titles, map(normal_title, titles), shelf.catalog.row_of_title.get)
     excluded = set(_found(request.exclude, request.exclude, row_of.get)[0])
     if request.exclude_history:
-        excluded.update(history)
+        excluded.update(history if request.history is not None else _of_same_titles(history, shelf))
     subset = shelf.filters.subset(request.filters, shelf.trie) if request.filters else None
     if request.candidates is not None:
         candidates, strange = _found(request.candidates, request.candidates, row_of.get)
@@ -84,6 +84,13 @@ def _found(
     rows = [row_of(key) for key in keys]
     unknown = [name for name, row in zip(names, rows, strict=True) if row is None]
     return [row for row in rows if row is not None], unknown
+
+
+def _of_same_titles(rows: list[int], shelf: Shelf) -> Iterable[int]:
+    """Return all items of the titles that these have: who names a title means each of them."""
+    trie = shelf.trie
+    for leaf in trie.leaf_of_item[rows].tolist():
+        yield from trie.leaf_items[trie.leaf_item_offsets[leaf] : trie.leaf_item_offsets[leaf + 1]].tolist()
 
 
 def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:

@@ -38,6 +38,8 @@ from serve.warmup import warm_up
 from serve.watch import Signature, changes, signature
 
 STARTING_RETRY_S = 5
+CLOSE_S = 10.0
+"""For the engine to close; it waits for the batch that runs, which may never end"""
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,11 @@ class Service:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._batcher is not None and self._loaded is not None and self.state != "failed":
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)
+            closing = asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)
+            try:
+                await asyncio.wait_for(closing, CLOSE_S)
+            except TimeoutError:
+                logger.error("the engine hangs and is left as it is")
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def refusal(self) -> ServiceProblem | None:
@@ -151,11 +157,19 @@ class Service:
         """
         begun = time.perf_counter()
         loop_begun = asyncio.get_running_loop().time()
-        loaded, batcher, shelf, prepared = await self._prepared(request)
+        loaded, batcher, _ = self._serving()
+        deadline = loop_begun + loaded.limits.longest_wait_s
+        batcher.coming += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                shelf, prepared = await self._prepared(request)
+        except TimeoutError:
+            raise batcher.lateness() from None
+        finally:
+            batcher.coming -= 1
         if prepared.search is None:
             answered = Answered(cold_start(prepared, shelf), 0.0, 0.0, 0.0)
         else:
-            deadline = loop_begun + loaded.limits.longest_wait_s
             answered = await batcher.answer(prepared.search, shelf, deadline=deadline, left=left)
         timings = StageTimings(
             queue=answered.queue_ms,
@@ -219,16 +233,16 @@ class Service:
         finally:
             self._settled.set()
 
-    async def _prepared(self, request: RecommendRequest) -> tuple[Loaded, Batcher, Shelf, Prepared]:
+    async def _prepared(self, request: RecommendRequest) -> tuple[Shelf, Prepared]:
         while True:
             await self._settled.wait()
-            loaded, batcher, shelf = self._serving()
+            loaded, _, shelf = self._serving()
             longest = loaded.max_length - shelf.deepest
             if not is_heavy(request, shelf):
-                return loaded, batcher, shelf, prepare(request, shelf, longest)
+                return shelf, prepare(request, shelf, longest)
             prepared = await asyncio.to_thread(prepare, request, shelf, longest)
             if shelf is self._shelf and self._settled.is_set():
-                return loaded, batcher, shelf, prepared
+                return shelf, prepared
             # Another catalogue came meanwhile; the engine is not to go back to the old one.
 
     def model_summary(self) -> ModelSummary:
@@ -353,4 +367,11 @@ def _warm_shelf(recommender: Recommender) -> Shelf:
 
 
 def _warm_engine(loaded: Loaded) -> None:
-    warm_up(loaded.engine, loaded.recommender, loaded.golden(), loaded.dtype, loaded.limits.requests)
+    warm_up(
+        loaded.engine,
+        loaded.recommender,
+        loaded.golden(),
+        loaded.dtype,
+        batch=loaded.limits.requests,
+        max_length=loaded.max_length,
+    )

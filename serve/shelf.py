@@ -79,8 +79,9 @@ class Shelf:
 
     @cached_property
     def probe(self) -> SearchRequest:
-        """The service's own request: what follows the most popular item."""
-        return SearchRequest(prompt=self.prompter.encode(self.popular[:1].tolist()))
+        """The service's own request: what follows the most popular item, or the end of a long title, as a
+        prompt as long as the deepest search finds room."""
+        return SearchRequest(prompt=self.prompter.encode(self.popular[:1].tolist())[-self.deepest :])
 
     def page(self, search: str, offset: int, limit: int) -> CatalogPage:
         """Return the items whose title holds `search`, most popular first."""

@@ -60,8 +60,13 @@ class GoldenSource:
             self._process.communicate()
 
 
-def warm_up(engine: Engine, recommender: Recommender, golden: Golden, dtype: str, batch: int) -> None:
+def warm_up(
+    engine: Engine, recommender: Recommender, golden: Golden, dtype: str, *, batch: int, max_length: int
+) -> None:
     """Run the engine over its range and compare one answer with the golden one.
+
+    Args:
+        max_length: Most tokens of prompt and title together.
 
     Raises:
         LeanRecError: the tokenizer or the engine gives something else than transformers did.
@@ -92,5 +97,6 @@ def warm_up(engine: Engine, recommender: Recommender, golden: Golden, dtype: str
         )
     logger.info("golden answer confirmed: log-probabilities differ by at most %.4f", difference)
     longest = recommender.prompter.encode(list(range(len(row_of)))[-recommender.prompt.max_history :])
+    longest = longest[-(max_length - int(recommender.trie.depth.max())) :]  # as those of clients are cut
     engine.recommend([SearchRequest(prompt=longest, k=min(100, len(row_of)))])
     engine.recommend([SearchRequest(prompt=longest[: -(-len(longest) // (i + 1))]) for i in range(batch)])

@@ -183,6 +183,18 @@ def test_a_spent_budget_still_fills_the_list_and_never_claims_wrongly(trie, seed
         assert result.rows == [row for _, _, row in exhaustive(trie, log_probs)[:k]]
 
 
+def test_all_that_is_left_is_exact_whatever_stays_open() -> None:
+    titles = [[a, b, c, END] for a in range(8) for b in range(8) for c in range(4)]
+    trie = build_trie(titles, np.zeros(256), [f"i{n:03}" for n in range(256)])
+    log_probs = node_log_probs(trie, 0, False)
+    ranked = [row for _, _, row in exhaustive(trie, log_probs)]
+    beside_the_best = [row for row in ranked[1:] if row // 4 == ranked[0] // 4]
+    request = SearchRequest(prompt=[], k=10, excluded=frozenset(ranked) - set(beside_the_best))
+    result = run(trie, log_probs, request, SearchSettings(subtree=0, max_expansions=8))
+    assert result.rows == beside_the_best
+    assert result.exact
+
+
 def test_ties_go_to_the_popular_then_to_the_smaller_id() -> None:
     titles = [[1, END], [2, END], [2, END], [3, END]]
     trie = build_trie(titles, np.array([1, 5, 7, 5]), ["b", "c", "d", "a"])

@@ -113,6 +113,7 @@ HOSTILE = {
     "filters": (b'{"history":[],"filters":{', b'"n%d":[1],', b'"a":[1]}}'),
     "wrong ids": (b'{"history":["1"],"candidates":[', b'"",', b'""]}'),
     "wrong values": (b'{"history":["1"],"filters":{"a":[', b"null,", b"1]}}"),
+    "ids with colons": (b'{"history":["1"],"candidates":[', b'"urn:shop:item:%07d",', b'"a"]}'),
     "candidates": (b'{"history":["1"],"candidates":[', b'"some-id-of-thirty-six-letters-%07d",', b'"a"]}'),
 }
 

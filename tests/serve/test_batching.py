@@ -180,6 +180,31 @@ def test_who_left_is_not_computed_and_a_full_queue_turns_away_all_but_the_servic
     asyncio.run(scenario())
 
 
+def test_those_on_their_way_to_the_queue_count_too() -> None:
+    async def scenario() -> None:
+        async with batching(BatchLimits(requests=4, waiting=3, longest_wait_s=60)) as (batcher, _):
+            batcher.coming = 2
+            assert batcher.refusal() is None
+            batcher.coming = 3
+            assert batcher.refusal() is not None
+            batcher.coming = 2
+            batcher._seconds_per_request = 16.0
+            assert batcher.refusal() is not None
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_engine_answers_nobody_and_keeps_nobody_waiting() -> None:
+    async def scenario() -> None:
+        async with batching(BatchLimits()) as (batcher, _):
+            batcher._lose("it is gone")
+            for deadline in (None, soon()):
+                with pytest.raises(ServiceProblem, match="it is gone"):
+                    await asyncio.wait_for(batcher.answer(request(1), OLD, deadline=deadline), 10)
+
+    asyncio.run(scenario())
+
+
 def test_the_loops_lag_is_seen_and_forgotten() -> None:
     async def scenario() -> tuple[float, float]:
         lag = LoopLag()

@@ -1,5 +1,6 @@
 """Clients that leave, answers that come too late, engines that hang or break, disks that are full."""
 
+import asyncio
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from models.errors import LeanRecError
 from serve import building, watch
 from serve.app import create_app
 from serve.batching import BatchLimits
+from serve.schemas import RecommendRequest
 from serve.service import Loaded, Service
 from tests.serve.conftest import ADMIN, ADMINISTERED, KeptOpen
 from tests.serve.http import client_of, running, wait_until
@@ -131,6 +133,39 @@ def test_a_hung_engine_is_noticed(loaded: Loaded, gate: Gate) -> None:
         problem(http.get("/health/ready"), 503)
         problem(ask(http), 503)
         assert http.get("/health/live").status_code == 200
+
+
+def test_a_service_whose_engine_hangs_stops_all_the_same(
+    loaded: Loaded, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.service.CLOSE_S", 0.2)
+
+    async def scenario() -> None:
+        service = Service(lambda: replace(loaded, engine=gate))
+        service.start()
+        while service.state != "ready":
+            await asyncio.sleep(0.01)
+        gate.opened.clear()
+        asked = asyncio.create_task(service.recommend(RecommendRequest(history=["i1"])))
+        while not _taken(service):
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(service.stop(), 30)
+        gate.opened.set()
+        asked.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_for_a_catalogue_is_given_up_in_time_too(loaded: Loaded, gate: Gate) -> None:
+    with serving(loaded, gate, longest_wait_s=0.5) as (service, http), ThreadPoolExecutor(1) as pool:
+        service._settled.clear()  # as while the engine takes another catalogue
+        waits = pool.submit(ask, http)
+        assert "0.5 s" in problem(waits.result(), 503)
+        assert sample(service, "leanrec_late_total") == 1
+        assert service._batcher is not None
+        assert service._batcher.coming == 0
+        service._settled.set()
+        gate.opened.set()
 
 
 class Broken(Gate):

@@ -1,6 +1,7 @@
 """Filters against plain Python, on catalogues and conditions that hypothesis makes; then over HTTP."""
 
 import math
+import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -98,10 +99,22 @@ def test_what_was_asked_lately_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert some.subset({"integer": [2, 1, 1]}, trie) is first
     assert some.subset({"integer": AttributeRange(min=1, max=2)}, trie) is not first
     assert some.kept({"integer": [3]}) is None
-    monkeypatch.setattr(filters, "KEPT_BYTES", 2 * (4 + 4 + 1))
+    monkeypatch.setattr(filters, "KEPT_BYTES", 2 * (filters.ENTRY_BYTES + 4 + 4 + 1))
     some.subset({"integer": [0]}, trie)
     assert some.kept({"integer": AttributeRange(min=1, max=2)}) is not None
     assert some.kept({"integer": [1, 2]}) is None
+
+
+def test_long_conditions_take_no_room_for_themselves() -> None:
+    catalog = catalog_of({"text": ["a", "b"]})
+    trie = build_trie([[n, 99] for n in range(2)], np.zeros(2), list(catalog.item_ids))
+    some = Filters(catalog)
+    tracemalloc.start()
+    for number in range(100):
+        some.subset({"text": [f"{number}-{value}" + "x" * 1000 for value in range(100)]}, trie)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1_000_000  # the values alone are ten million
 
 
 @pytest.mark.parametrize(

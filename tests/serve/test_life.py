@@ -100,7 +100,7 @@ def test_a_wrong_answer_is_never_ready(loaded: Loaded, gate: Gate) -> None:
 def test_a_golden_answer_of_something_else(loaded: Loaded, change: dict[str, object], said: str) -> None:
     golden = replace(loaded.golden(), **change)
     with pytest.raises(LeanRecError, match=said):
-        warm_up(loaded.engine, loaded.recommender, golden, "float32", 2)
+        warm_up(loaded.engine, loaded.recommender, golden, "float32", batch=2, max_length=loaded.max_length)
 
 
 def test_golden_answers_are_stored_and_checked(loaded: Loaded) -> None:

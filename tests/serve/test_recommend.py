@@ -53,6 +53,22 @@ def test_titles_in_place_of_ids(client: httpx.Client, recommender: Recommender) 
     assert by_title["unknown_items"] == ["No Such Film (1999)"]
 
 
+def test_ids_may_hold_colons(client: httpx.Client) -> None:
+    ids = [f"urn:shop:item:{n}" for n in range(30_000)]
+    assert len(ask(client, history=["i5"], candidates=["i1", *ids])["unknown_items"]) == 30_000
+
+
+def test_who_names_a_title_means_all_items_of_it(client: httpx.Client, recommender: Recommender) -> None:
+    catalog = recommender.catalog
+    title = catalog.titles[catalog.row_of["i1"]]
+    assert catalog.titles[catalog.row_of["i0"]] == title
+    listed = [item["item_id"] for item in ask(client, history_titles=[title], k=100)["items"]]
+    assert len(listed) == len(set(listed)) == 78
+    assert not {"i0", "i1"} & set(listed)
+    assert len(ask(client, history_titles=[title], k=100, exclude_history=False)["items"]) == 80
+    assert len(ask(client, history=["i1"], k=100)["items"]) == 79
+
+
 def test_unknown_items_are_skipped_and_listed_once(client: httpx.Client) -> None:
     answer = ask(client, history=["nope", "i5", "nope", "i9"], candidates=["i1", "gone", "i2"])
     assert answer["unknown_items"] == ["nope", "gone"]
