@@ -64,8 +64,8 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
             for key in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
         ),
         "",
-        f"Measured on {pruned_metrics['users']:,} test users of {data_name} over the full catalogue with "
-        f"exact search; 95 % bootstrap intervals in brackets. Retained: {retained}.",
+        f"Measured on {pruned_metrics['users']:,} test users of {data_name} over the full catalogue, by the "
+        f"search that serves; 95 % bootstrap intervals in brackets. Retained: {retained}.",
         "",
         *_quantization(report),
         "## Use",

@@ -112,8 +112,12 @@ def _metrics_table(report: dict[str, Any]) -> str:
             interval = "" if low is None else f" [{low:.4f}, {high:.4f}]"
             cells.append(f"{metrics[metric]:.4f}{interval}")
         rows.append([name, *cells])
-    users = report["metrics"]["full"]["test"]["users"]
-    note = f"{users:,} users, exact search over the full catalogue, 95 % bootstrap intervals."
+    tests = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
+    note = f"{tests['full']['users']:,} users, the full catalogue ranked, 95 % bootstrap intervals."
+    shares = {name: test["exact_share"] for name, test in tests.items() if "exact_share" in test}
+    if shares:
+        proved = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        note += f" Lists that are proved to be the best ten: {proved}."
     return _table(["model", *(metric.upper() for metric in METRICS)], rows) + f'<p class="note">{note}</p>'
 
 

@@ -108,7 +108,7 @@ def run_block(
     if exit_code == GONE_EXIT_CODE:
         raise LeanRecError(
             f"the {deployment.name} deployment at {deployment.url} could not be connected to for a while; it "
-            f"answers again, but the block is not whole{log_tail(log)}"
+            "answers again, but the block is not whole"
         )
     if exit_code == WORKERS_EXIT_CODE:
         raise LeanRecError(problem.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Quality of a recommender on held-out users: full catalogue, exact search, intervals over users."""
+"""Quality of a recommender on held-out users: full catalogue, the search that serves, intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

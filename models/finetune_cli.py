@@ -20,10 +20,10 @@ def parser() -> argparse.ArgumentParser:
     )
     arguments.add_argument("--data", required=True, help="ml-100k, or a folder (see docs/data.md)")
     arguments.add_argument("--out", required=True, type=Path, help="recommender directory to write")
-    arguments.add_argument("--epochs", type=_positive, help="passes over the training data")
+    arguments.add_argument("--epochs", type=_positive, help="passes over the training data (10)")
     arguments.add_argument("--learning-rate", type=float, help="peak learning rate")
     arguments.add_argument("--batch-tokens", type=_positive, help="tokens a step and device")
-    arguments.add_argument("--max-history", type=_positive, help="titles a prompt holds (20; demo: 50)")
+    arguments.add_argument("--max-history", type=_positive, help="titles a prompt holds (20; demo, base: 50)")
     arguments.add_argument(
         "--keep-titles",
         type=_share,

@@ -74,6 +74,7 @@ def _load(directory: Path, vllm_arguments: Sequence[str]) -> Loaded:
             kv_cache_bytes=engine.kv_cache_bytes,
             vllm=__version__,
             golden=golden.get,
+            served_name=(arguments.get("served_model_name") or [None])[0],
             limits=BatchLimits() if on_cpu else BatchLimits(requests=64, tokens=32_768),
         )
     except BaseException:

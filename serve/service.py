@@ -60,10 +60,13 @@ class Loaded:
     golden: Callable[[], Golden]
     limits: BatchLimits = field(default_factory=BatchLimits)
 
+    served_name: str | None = None
+    """as `--served-model-name` gives it"""
+
     @cached_property
     def name(self) -> str:
-        """The directory's own name, links followed."""
-        return self.recommender.directory.resolve().name
+        """What answers call the model: by default the directory's own name, links followed."""
+        return self.served_name or self.recommender.directory.resolve().name
 
 
 class Service:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from itertools import takewhile
 from urllib.parse import urlencode
 from urllib.request import urlopen
@@ -15,7 +16,7 @@ import pytest
 
 from loadtest import blocks, http_json, workload
 from loadtest.blocks import LOCUSTFILE, BlockPlan, BlockRun, read_rows, run_block
-from loadtest.deployment import DeploymentDiedError, _free_port
+from loadtest.deployment import Deployment, DeploymentDiedError, _free_port
 from loadtest.lag import GeneratorLagError, check_lag
 from loadtest.load import Load
 from loadtest.workload import Workload
@@ -94,6 +95,15 @@ def test_a_deployment_that_dies_in_a_block(serve_stub, prompts, tmp_path):
         pytest.raises(DeploymentDiedError, match=r"(?s)exit code 7.*stub: dying as asked"),
     ):
         run(running, prompts, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_deployment_that_cannot_be_connected_to_for_a_while(prompts, tmp_path, monkeypatch):
+    port = _free_port()
+    away = Deployment(name="full", target="", url=f"http://127.0.0.1:{port}", model={})
+    monkeypatch.setattr(Deployment, "check_alive", lambda self: None)  # it is back by then
+    with pytest.raises(LeanRecError, match=r"the full deployment.*could not be connected to"):
+        run(away, prompts, tmp_path, replace(PLAN, window_s=20.0))
 
 
 @pytest.mark.slow

@@ -347,6 +347,7 @@ def session_command():
         (["--seconds", "nan"], "at least 1 second"),
         (["--seconds", "soon"], "is not a number of seconds"),
         (["--full"], "expected one argument"),
+        (["--full", "http://x:1", "--pruned", "http://y:1"], "--data: is needed where both are URLs"),
     ],
 )
 def test_wrong_usage(arguments, message, capsys):
@@ -382,6 +383,19 @@ def test_wrong_inputs_end_before_anything_starts(stubs, tmp_path, capsys):
         assert message in error
         assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_no_load_test_wrote_is_not_replaced(stubs, tmp_path, capsys):
+    sides = ("--full", stubs[0], "--pruned", stubs[1])
+    logs, report = tmp_path / "a" / "logs" / "mine.log", tmp_path / "b" / "report.json"
+    for path in (logs, report):
+        path.parent.mkdir(parents=True)
+        path.write_text('{"metrics": {}}')
+    for path, named in ((logs.parent.parent, "logs"), (report.parent, "report.json")):
+        assert run("--out", path, *sides) == 1
+        assert f"holds {named} that no load test wrote" in capsys.readouterr().err
+    assert logs.exists()
+    assert report.exists()
 
 
 def test_help_comes_without_loading_anything_large():

@@ -30,7 +30,9 @@ def test_quality_stands_beside_the_baselines(
     assert set(found["model"]["ci95"]) == {"hr@5", "hr@10", "ndcg@5", "ndcg@10"}
     printed = capsys.readouterr().out
     assert f"hr@10 {found['model']['hr@10']:.4f}" in printed
-    assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["model", "popularity", "bigram"]
+    *_, model, popularity, of_bigram, proved = printed.splitlines()
+    assert [line.split()[0] for line in (model, popularity, of_bigram)] == ["model", "popularity", "bigram"]
+    assert f"for {found['model']['exact_share']:.1%} of {len(data.test)} users" in proved
 
 
 def test_other_items_than_the_models_are_refused(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from loadtest.arguments import parse
+
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 BIN = Path(sys.executable).parent
@@ -85,10 +87,13 @@ def test_the_compose_schema_would_find_a_misspelt_key(tmp_path):
     assert validate_compose(wrong).returncode == 1
 
 
-def test_both_deployments_differ_in_model_cache_and_port_alone():
+def test_both_deployments_differ_in_model_name_cache_and_port_alone():
     content, _ = compose_file(FULL_MODEL="/models/full", PRUNED_MODEL="/models/pruned")
     full, pruned = (content["services"][name] for name in ("full", "pruned"))
-    assert {key for key in full if full[key] != pruned.get(key)} == {"ports", "volumes"}
+    assert {key for key in full if full[key] != pruned.get(key)} == {"ports", "volumes", "command"}
+    names = [service["command"].pop() for service in (full, pruned)]
+    assert names == ["full", "pruned"]
+    assert full["command"] == pruned["command"]
     assert full["mem_limit"] == pruned["mem_limit"]
     for service, model in ((full, "/models/full"), (pruned, "/models/pruned")):
         mount, cache = service["volumes"]
@@ -187,8 +192,10 @@ def test_the_command_lines_fit_the_commands(target, service):
     shown = subprocess.run([BIN / command, "--help"], capture_output=True, text=True, check=True).stdout
     known = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", shown))
     asked = {argument for argument in arguments if argument.startswith("--")}
+    if command == "loadtest":
+        assert parse(arguments[2:] if arguments[0] == "--out" else arguments).data == "ml-100k"
     # serve hands what it does not know to vLLM.
-    engine = {"--kv-cache-memory-bytes"} if command == "serve" else set()
+    engine = {"--kv-cache-memory-bytes", "--served-model-name"} if command == "serve" else set()
     assert asked <= known | engine
 
 

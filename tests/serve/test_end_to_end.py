@@ -37,7 +37,7 @@ def url_of(process: subprocess.Popen[bytes], log: Path) -> str:
 @pytest.fixture(scope="module")
 def served(recommender: Recommender, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple]:
     log = tmp_path_factory.mktemp("log") / "serve.log"
-    arguments = ["--dtype", "float32", "--kv_cache_memory_bytes", "64M"]
+    arguments = ["--dtype", "float32", "--kv_cache_memory_bytes", "64M", "--served-model-name", "mine"]
     process = start(recommender.directory, log, *arguments)
     try:
         with client_of(url_of(process, log)) as http:
@@ -72,6 +72,7 @@ def test_served(served: tuple, recommender: Recommender) -> None:
         assert [item["item_id"] for item in answer["items"]] == [catalog.item_ids[r] for r in expected.rows]
         assert [item["score"] for item in answer["items"]] == pytest.approx(expected.scores, abs=1e-3)
         assert answer["exact"] is True
+        assert answer["model"] == "mine"
     assert http.post("/recommend", json={"history": ["i3", "i4"], "k": 0}).status_code == 422
     assert "leanrec_ready 1.0" in http.get("/metrics").text
     assert "i3" not in log.read_text()  # histories are not logged
