@@ -13,14 +13,14 @@ from transformers.utils import logging
 from compress import inputs
 from compress.failures import explained
 from compress.job import Job, Run
-from compress.plan import make_plan
+from compress.plan import make_plan, parse_target
 from compress.recipe import RECIPES
 from compress.result import finish, result_of
 from compress.stages import run_stages
 from compress.verify import check_vllm_installed
 from models.checkpoint import Recommender, read_recommender
 from models.data import Dataset, load_data
-from models.errors import UsageError
+from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.precision import check_int8_products
 from models.sources import BUILT_IN
@@ -36,6 +36,7 @@ def compress(job: Job) -> Path | None:
         LeanRecError: an input is bad, or the result does not verify.
     """
     device = _device(job.device)
+    _check_request(job, device)
     # The others wait for what one does alone, and a ranking of all test users takes hours of a large model.
     processes = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     logging.set_verbosity_error()
@@ -48,14 +49,10 @@ def compress(job: Job) -> Path | None:
         print("\n\n".join([run.plan.describe(), *_layout(run), _cost(run)]), flush=True)
     if job.plan_only:
         return None
-    if job.ranked_by == "vllm":
-        check_vllm_installed()
     out = job.out or inputs.default_out(_data_spec(job, run.full), job.target)
     if result_of(out, run.settings):
         _say(processes, f"{out}: already there, made with the same settings")
         return out
-    if job.quantize != "none" and device == "cpu":
-        check_int8_products(f"--quantize {job.quantize}")
     with contextlib.ExitStack() as stack:
         if processes.is_main_process:
             work = stack.enter_context(hold(out))
@@ -79,6 +76,29 @@ def _device(asked: str) -> str:
     if asked == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA device is available; use --device cpu")
     return asked
+
+
+def _check_request(job: Job, device: str) -> None:
+    """Refuse what can be told before the demonstration model is trained, which takes minutes.
+
+    Raises:
+        UsageError: no such target, or options that do not go together.
+        LeanRecError: this machine, or the place for the result, will not do.
+    """
+    parse_target(job.target, sys.maxsize)
+    if job.layout == "per-layer" and job.recipe != "leanrec":
+        raise UsageError(f"--layout per-layer: goes with --recipe leanrec, not {job.recipe}")
+    if job.plan_only:
+        return
+    if job.ranked_by == "vllm":
+        check_vllm_installed()
+    if job.quantize != "none" and device == "cpu":
+        check_int8_products(f"--quantize {job.quantize}")
+    if job.out is not None and job.out.is_mount():
+        raise LeanRecError(
+            f"--out {job.out}: is a mounted volume, and the result replaces the folder as a whole; choose a "
+            f"folder in it, like {job.out / 'pruned'}"
+        )
 
 
 def _full_model(job: Job, processes: PartialState) -> Path:
@@ -120,8 +140,6 @@ def prepare(job: Job, directory: Path, device: str) -> Run:
     full = read_recommender(directory)
     check_supported(full.config, str(directory))
     recipe = RECIPES[job.recipe]
-    if job.layout == "per-layer" and job.recipe != "leanrec":
-        raise UsageError(f"--layout per-layer: goes with --recipe leanrec, not {job.recipe}")
     plan = make_plan(
         full.config,
         job.target,

@@ -61,6 +61,23 @@ def test_plan_prints_shapes_counts_and_cost_and_writes_nothing(capsys, full, tmp
 
 
 @pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--target", "abc"), 2, "not a size"),
+        (("--target", "5%", "--layout", "per-layer", "--recipe", "random"), 2, "goes with --recipe leanrec"),
+        (("--target", "5%", "--out", "/proc"), 1, "--out /proc: is a mounted volume"),
+    ],
+)
+def test_what_will_not_do_is_told_before_the_demonstration_model_is_trained(
+    *, capsys, tmp_path, monkeypatch, arguments, code, said
+):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = run(capsys, *arguments)
+    assert (found, said in err) == (code, True), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     ("target", "said"),
     [
         ("0%", "keeps nothing"),
