@@ -140,10 +140,12 @@ def make_catalog(
     """Return a checked catalogue.
 
     Raises:
-        LeanRecError: no items, an id twice, an item without a title, or an attribute of another type.
+        LeanRecError: no items, an id twice or missing, an item without a title, an attribute of another type.
     """
     if not item_ids:
         raise LeanRecError(f"{source}: holds no items; give at least one row of item_id and title")
+    if not all(item_ids):
+        raise LeanRecError(f"{source}: has rows without item_id")
     clean = _normal_titles(titles)
     assert len(clean) == len(item_ids)
     counts = np.zeros(len(item_ids), np.int64) if popularity is None else popularity.astype(np.int64)

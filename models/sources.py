@@ -4,7 +4,7 @@ Interactions are read in Arrow batches and kept as 16 bytes each, so files may b
 """
 
 import importlib.util
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -94,7 +94,6 @@ class FolderSource:
     def items(self) -> Catalog:
         tables = list(_batches(self.items_path, {"item_id": pa.string(), "title": pa.string()}))
         ids = [i for t in tables for i in t["item_id"].to_pylist()]
-        _check_ids(ids, self.items_path)
         return make_catalog(
             ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path)
         )
@@ -153,7 +152,7 @@ class FolderSource:
             for user, item, second in zip(
                 batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), seconds.tolist(), strict=True
             ):
-                days[user, item] = second // SECONDS_A_DAY
+                days[user, item] = max(days.get((user, item), 0), second // SECONDS_A_DAY)
         return days
 
 
@@ -174,7 +173,6 @@ class RecBoleSource:
             raise LeanRecError(
                 f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}"
             )
-        _check_ids(table["item_id"].to_pylist(), self.item)
         titles = table[title].to_pylist()
         if "release_year" in table.column_names:
             # Several films share a name; the year tells them apart, as in MovieLens' own titles.
@@ -196,7 +194,7 @@ class RecBoleSource:
 
 def _tab_separated(path: Path) -> Iterator[pa.RecordBatch]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             columns = [name.partition(":")[0] for name in file.readline().rstrip("\r\n").split("\t")]
         yield from pcsv.open_csv(
             path,
@@ -277,11 +275,6 @@ def _item_rows(ids: pa.Array, catalog: Catalog, path: Path) -> np.ndarray:
             f"(first: {', '.join(map(repr, unknown[:3]))}); add them with titles or drop those rows"
         )
     return np.asarray(rows.to_numpy(zero_copy_only=False), np.int32)
-
-
-def _check_ids(ids: Sequence[str | None], path: Path) -> None:
-    if not all(ids):
-        raise LeanRecError(f"{path}: has rows without item_id")
 
 
 def _collect(

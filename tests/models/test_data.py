@@ -93,7 +93,7 @@ def test_ready_splits_are_taken_unchanged(tmp_path: Path) -> None:
 
 def test_recbole_files(tmp_path: Path) -> None:
     (tmp_path / "x.item").write_text(
-        "item_id:token\tmovie_title:token_seq\trelease_year:token\n1\tHeat\t1995\n2\tHeat\t1972\n3\tunknown\t\n"
+        "\ufeffitem_id:token\tmovie_title:token_seq\trelease_year:token\n1\tHeat\t1995\n2\tHeat\t1972\n3\tunknown\t\n"
     )
     (tmp_path / "x.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t3\t30\n7\t1\t3\t10\n7\t3\t3\t20\n"
