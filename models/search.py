@@ -27,6 +27,9 @@ class SearchRequest:
     """A few catalogue rows that are not to be returned; other scores are unchanged."""
     subset: Subset | None = None
     """The only catalogue rows that may be returned, or None for all; scores are unchanged."""
+    above: float = -np.inf
+    """Only items with a higher score are returned. Where it is given, any `k` of them end the search: they
+    settle the rank of an item of that score, much sooner than a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +101,18 @@ class BestFirstSearch:
         self._goal = min(self.request.k, available)
         self._is_whole = self._goal == available
         """Whether all that may be recommended is asked for: what is open once it is found, is left out"""
+        self._most = float(np.nextafter(-self.request.above, -np.inf))
         self._budget = self.settings.budget(self.request)
         if self._goal > 0:
             self._push(np.zeros(1), np.zeros(1, np.int64))
 
     def select(self) -> list[int]:
         """Return the nodes to score now, parents before children; empty when the search has ended."""
+        asks_rank = self.request.above > -np.inf
+        if asks_rank and len(self._done) == self._goal:
+            return []
         left = self._budget - self._spent
-        finishing = len(self._done) < self._goal and left <= self._budget // 4
+        finishing = len(self._done) < self._goal and left <= self._budget // 4 and not asks_rank
         if left <= 0 and not finishing:
             return []
         chosen = self._dive() if finishing and self._newest else self._best(max(left, 1))
@@ -172,7 +179,8 @@ class BestFirstSearch:
     @property
     def _threshold(self) -> float:
         """Negated score an item must reach to enter the list; equal scores enter, for the tie rule."""
-        return self._done[self._goal - 1][0] if 0 < self._goal <= len(self._done) else np.inf
+        worst = self._done[self._goal - 1][0] if 0 < self._goal <= len(self._done) else np.inf
+        return min(worst, self._most)
 
     def _push(self, scores: np.ndarray, nodes: np.ndarray) -> None:
         """Open nodes: only a run's best stands in the heap, the rest wait behind it in order."""

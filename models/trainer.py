@@ -10,9 +10,9 @@ from transformers import Trainer
 from models.checkpoint import Recommender
 from models.compiled import as_written
 from models.data import Examples
-from models.evaluate import evaluate
 from models.losses import ValidTokens, valid_cross_entropy, vocabulary_cross_entropy
 from models.memory import peak_memory_bytes
+from models.metrics import per_user_metrics
 from models.transformers_engine import TransformersEngine
 
 ChosenBy = Literal["nll", "ndcg@10"]
@@ -81,12 +81,15 @@ class RecommenderTrainer(Trainer):
         it decides."""
         engine = TransformersEngine(self.accelerator.unwrap_model(self.model), self.recommender.trie)
         with as_written(), self.autocast_smart_context_manager():
-            found = engine.log_probability(self.prompts, self.users.targets.tolist())
-            metrics = {f"{metric_key_prefix}_nll": -float(found.mean())}
-            if self.chosen_by != "nll":
-                prompter, users = self.recommender.prompter, self.users
-                ranked = evaluate(engine, prompter, users, batch_size=len(users)).metrics
-                metrics[f"{metric_key_prefix}_{self.chosen_by}"] = ranked[self.chosen_by]
+            targets = self.users.targets.tolist()
+            ranked: dict[str, float] = {}
+            if self.chosen_by == "nll":
+                scores = engine.log_probability(self.prompts, targets)
+            else:
+                scores, ranks = engine.rank(self.prompts, targets)
+                found = float(per_user_metrics(ranks)[self.chosen_by].mean())
+                ranked = {f"{metric_key_prefix}_{self.chosen_by}": found}
+        metrics = {f"{metric_key_prefix}_nll": -float(scores.mean()), **ranked}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics

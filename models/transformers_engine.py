@@ -84,26 +84,72 @@ class TransformersEngine:
         self.model.train(was_training)
         return [results[i] for i in range(len(requests))]
 
-    @torch.inference_mode()
     def log_probability(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> np.ndarray:
         """Return the score of one given catalogue row for each prompt, float64 `[prompts]`."""
+        return self._of_targets(prompts, rows, k=0)[0]
+
+    def rank(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], k: int = 10
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the score and the rank of one given catalogue row for each prompt.
+
+        At a part of the cost of the lists: only what can hold an item above the given one is opened, and `k`
+        of those, whichever, settle it.
+
+        Returns:
+            Scores, float64 `[prompts]`; 1-based ranks, 0 where it is not among the first `k`, int64
+            `[prompts]`. Where a search's budget ends first, the rank among what it found.
+        """
+        return self._of_targets(prompts, rows, k)
+
+    @torch.inference_mode()
+    def _of_targets(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         was_training = self.model.training
         self.model.eval()
-        scores = np.zeros(len(prompts))
+        scores, ranks = np.zeros(len(prompts)), np.zeros(len(prompts), np.int64)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             tree = _TreeCache(self.model, self.trie, [list(prompts[i]) for i in indices])
-            paths = [self.trie.branches_of_leaf(int(self.trie.leaf_of_item[rows[i]])) for i in indices]
-            pairs = [(b, node) for b, (nodes, _) in enumerate(paths) for node in nodes]
-            choices = [choice for _, picks in paths for choice in picks]
-            found = self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
-            widths = [len(self.trie.children(node)[0]) for _, node in pairs]
-            starts = np.cumsum([0, *widths[:-1]])
-            for (b, _), place in zip(pairs, (starts + choices).tolist(), strict=True):
-                scores[indices[b]] += found[place]
+            scores[indices] = self._scores(tree, [rows[i] for i in indices])
+            if k:
+                ranks[indices] = self._ranks(tree, [rows[i] for i in indices], scores[indices], k)
         self.model.train(was_training)
+        return scores, ranks
+
+    def _scores(self, tree: "_TreeCache", rows: Sequence[int]) -> np.ndarray:
+        """Return the score of a row for each prompt of a batch."""
+        scores = np.zeros(len(rows))
+        paths = [self.trie.branches_of_leaf(int(self.trie.leaf_of_item[row])) for row in rows]
+        pairs = [(b, node) for b, (nodes, _) in enumerate(paths) for node in nodes]
+        choices = [choice for _, picks in paths for choice in picks]
+        found = self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
+        widths = [len(self.trie.children(node)[0]) for _, node in pairs]
+        starts = np.cumsum([0, *widths[:-1]])
+        for (b, _), place in zip(pairs, (starts + choices).tolist(), strict=True):
+            scores[b] += found[place]
         return scores
+
+    def _ranks(self, tree: "_TreeCache", rows: Sequence[int], scores: np.ndarray, k: int) -> np.ndarray:
+        """Return the rank of a row, whose score is known, for each prompt of a batch; 0 beyond `k`."""
+        trie, searches, before = self.trie, [], []
+        for row, score in zip(rows, scores.tolist(), strict=True):
+            leaf = trie.leaf_of_item[row]
+            alike = trie.leaf_items[trie.leaf_item_offsets[leaf] : trie.leaf_item_offsets[leaf + 1]]
+            before.append(int((trie.item_order[alike] < trie.item_order[row]).sum()))
+            # Those of the same title have the same score but for rounding, and a known order.
+            request = SearchRequest(
+                prompt=[], k=max(0, k - before[-1]), excluded=frozenset(alike.tolist()), above=score
+            )
+            searches.append(BestFirstSearch(trie, request, self.settings))
+
+        def expand(pairs: list[tuple[int, int]]) -> np.ndarray:
+            return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
+
+        above = np.array([len(found.rows) for found in run_searches(searches, expand)]) + before
+        return np.where(above < k, above + 1, 0)
 
 
 @dataclass

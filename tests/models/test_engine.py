@@ -61,6 +61,26 @@ def test_search_equals_naive_scoring(tmp_path: Path, family: str) -> None:
     )
 
 
+def test_a_target_s_rank_is_its_place_in_the_list(tmp_path: Path) -> None:
+    data = make_tiny_recommender(tmp_path / "full", num_layers=2)
+    recommender = read_recommender(tmp_path / "full")
+    engine = TransformersEngine(load_model(recommender), recommender.trie, batch_size=16)
+    trie, items = recommender.trie, len(recommender.catalog)
+    assert trie.leaf_of_item[0] == trie.leaf_of_item[1]  # two items of one title
+    prompts = [recommender.prompter.encode(data.test.histories[i % 60].tolist()) for i in range(items)]
+    lists = [found.rows for found in engine.recommend([SearchRequest(prompt=p, k=10) for p in prompts])]
+    for place in (0, 4, 9):
+        targets = [rows[place] for rows in lists]
+        scores, ranks = engine.rank(prompts, targets)
+        assert ranks.tolist() == [place + 1] * items
+        np.testing.assert_allclose(scores, engine.log_probability(prompts, targets), atol=1e-5)
+    _, ranks = engine.rank(prompts, list(range(items)))
+    assert ranks.tolist() == target_ranks(lists, np.arange(items)).tolist()
+    assert 0 < (ranks > 0).sum() < items
+    _, ranks = engine.rank(prompts, list(range(items)), k=3)
+    assert ranks.tolist() == target_ranks([rows[:3] for rows in lists], np.arange(items)).tolist()
+
+
 def test_metrics_by_hand() -> None:
     ranks = target_ranks([[4, 2], [1], list(range(10))], np.array([2, 9, 7]))
     assert ranks.tolist() == [2, 0, 8]

@@ -195,6 +195,19 @@ def test_all_that_is_left_is_exact_whatever_stays_open() -> None:
     assert result.exact
 
 
+@given(trie=tries(), seed=st.integers(0, 99), k=st.integers(1, 5), place=st.integers(0, 20))
+def test_what_is_above_a_score_settles_its_rank_in_fewer_steps(trie, seed, k, place) -> None:
+    log_probs = node_log_probs(trie, seed, False)
+    ranked = exhaustive(trie, log_probs)
+    score = -ranked[place % len(ranked)][0]
+    better = [row for negated, _, row in ranked if -negated > score]
+    whole = run(trie, log_probs, SearchRequest(prompt=[], k=k), SearchSettings())
+    found = run(trie, log_probs, SearchRequest(prompt=[], k=k, above=score), SearchSettings())
+    assert len(found.rows) == min(k, len(better))
+    assert set(found.rows) <= set(better)
+    assert found.expansions <= whole.expansions
+
+
 def test_ties_go_to_the_popular_then_to_the_smaller_id() -> None:
     titles = [[1, END], [2, END], [2, END], [3, END]]
     trie = build_trie(titles, np.array([1, 5, 7, 5]), ["b", "c", "d", "a"])
