@@ -65,7 +65,8 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
         ),
         "",
         f"Measured on {pruned_metrics['users']:,} test users of {data_name} over the full catalogue, by the "
-        f"search that serves; 95 % bootstrap intervals in brackets. Retained: {retained}.",
+        "search that serves; 95 % bootstrap intervals in brackets. "
+        f"Retained: {retained or 'not measurable'}.",
         "",
         *_quantization(report),
         "## Use",

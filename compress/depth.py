@@ -72,5 +72,6 @@ def prune_depth(
         calibration_kl=calibration_kl(pruned, batches, valid, reference),
         importances={"layers": rounds},
         kept={"layers": [kept]},
+        choices={} if by == "kl" else {"layers_by": by},
         dropped_layers=tuple(dropped),
     )

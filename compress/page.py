@@ -205,7 +205,9 @@ def _importance_figures(evidence: Evidence) -> str:
         if rounds and rounds[0]:
             dropped = set(depth["dropped_layers"])
             bars = [Bar(str(n), kl, muted=n in dropped) for n, kl in enumerate(rounds[0]) if kl >= 0]
-            chart = bar_chart(bars, y_label="KL without it, nats", title="Importance by layer")
+            unit = "perplexity" if depth.get("choices", {}).get("layers_by") == "perplexity" else "KL"
+            unit += " without it" + (", nats" if unit == "KL" else "")
+            chart = bar_chart(bars, y_label=unit, title="Importance by layer")
             of = len(rounds[0])
             figures.append(_figure(f"Importance by layer of {of}, those tried (grey: removed)", chart))
     return _figures(*figures) if figures else '<p class="note">No scores were kept.</p>'

@@ -14,7 +14,12 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ["VLLM_PLUGINS"] = vllm_plugin.NAME
+    # Attention in fp32 is Triton's on a GPU, which would multiply in TF32.
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     from vllm import LLM, SamplingParams
+    from vllm.platforms import current_platform
+
+    from models.vllm_model import platform_dtype
 
     config = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     is_quantized = bool(config.get("quantization_config"))
@@ -22,12 +27,12 @@ def generate(directory: str, prompts: list[list[int]], new_tokens: int) -> dict[
         model=directory,
         skip_tokenizer_init=True,
         # vLLM's int8 kernel for CPUs with AMX takes no fp32.
-        dtype="bfloat16" if is_quantized else "float32",
+        dtype=("bfloat16" if current_platform.is_cpu() else platform_dtype()) if is_quantized else "float32",
         enforce_eager=True,
         max_model_len=max(map(len, prompts)) + new_tokens,
         max_num_seqs=16,
         kv_cache_memory_bytes=KV_CACHE_BYTES,
-        gpu_memory_utilization=0.3,  # has to be free, beside `compress` itself
+        gpu_memory_utilization=0.05,  # has to be free, beside `compress` itself
         enable_prefix_caching=False,
         seed=0,
     )

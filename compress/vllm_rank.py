@@ -20,8 +20,6 @@ from models.subset import Subset
 from models.trie import Trie
 
 BATCH = 64
-BESIDE_PYTORCH = {"gpu_memory_utilization": 0.3}
-"""The share of a GPU that has to be free: `compress` itself is still there. The KV cache has its own size."""
 
 
 class ServedEngine:
@@ -88,7 +86,7 @@ def rank(directory: str, prompts: list[list[int]], k: int, targets: list[int], k
     from models.vllm_engine import open_engine
 
     recommender = read_recommender(Path(directory))
-    engine, trie = open_engine(recommender, arguments=BESIDE_PYTORCH), recommender.trie
+    engine, trie = open_engine(recommender), recommender.trie
     rows = np.arange(len(recommender.catalog))
     with open(kept, "ab") as file:
         for start in range(0, len(prompts), BATCH):

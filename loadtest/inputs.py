@@ -53,11 +53,17 @@ def trained_on(sources: Iterable[Mapping[str, Any]]) -> str:
 
 
 def read_quality(directory: Path) -> dict[str, Any] | None:
-    """Return the offline metrics from the pruned directory's own `report.json`, where it has them."""
+    """Return the offline metrics from the pruned directory's own `report.json`, where it has them; of an int8
+    model its own, and not those of the model it was made from."""
     try:
         report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
         metrics = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
-        return {"source": str(directory / "report.json"), "metrics": metrics, "retained": report["retained"]}
+        retained = report["retained"]
+        if "quantization" in report:
+            full, pruned = metrics["full"], report["quantization"]["metrics"]["quantized"]["test"]
+            metrics["pruned"] = pruned
+            retained = {name: pruned[name] / full[name] if full[name] else None for name in retained}
+        return {"source": str(directory / "report.json"), "metrics": metrics, "retained": retained}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

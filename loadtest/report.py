@@ -42,7 +42,8 @@ def verdict(report: Mapping[str, Any]) -> str:
     if report["capacity"]:
         parts.append(capacity(report["capacity"]))
     if report["quality"]:
-        kept = [f"{name.upper()} {value:.1%}" for name, value in report["quality"]["retained"].items()]
+        offline = report["quality"]["retained"]
+        kept = [f"{name.upper()} {_share(value, None)}" for name, value in offline.items()]
         parts.append("kept " + ", ".join(kept))
     elif report["served_quality"]:
         kept = report["served_quality"]["retained"]
@@ -80,13 +81,21 @@ def capacity(found: Mapping[str, Any]) -> str:
     """Return which rates meet the objective, in words; from one search no ratio of them is claimed."""
     rates = {name: found[name]["requests_per_second"] for name in SIDES}
     said = {
-        name: "no rate tried" if rate is None else f"{rate:.4g} requests/s" for name, rate in rates.items()
+        name: "no rate tried" if rate is None else f"{at_least(found[name])}{rate:.4g} requests/s"
+        for name, rate in rates.items()
     }
     text = f"{found['objective']} holds up to {said['pruned']} against {said['full']}"
     costs = [found[name]["cost_per_million"] for name in ("pruned", "full")]
     if None not in costs:
         text += f", at a cost of {costs[0]:.4g} against {costs[1]:.4g} per million recommendations"
     return text
+
+
+def at_least(found: Mapping[str, Any]) -> str:
+    """Return what to say before a highest rate that the deployment did not set: nothing was missed, or only
+    since the generator fell behind."""
+    open_ended = found["limited_by_generator"] or found["missed_at"] is None
+    return "at least " if open_ended else ""
 
 
 def capacity_table(report: Mapping[str, Any]) -> list[list[str]]:

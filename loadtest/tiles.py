@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from loadtest.load import load_of
+from loadtest.report import at_least
 
 
 def tiles(report: Mapping[str, Any]) -> str:
@@ -56,7 +57,10 @@ def _capacity(found: Mapping[str, Any] | None) -> list[tuple[str, str, str]]:
     if not found:
         return []
     pruned, full = (found[name]["requests_per_second"] for name in ("pruned", "full"))
-    rates = ["no rate tried" if rate is None else f"{rate:.4g}/s" for rate in (pruned, full)]
+    rates = [
+        "no rate tried" if rate is None else f"{at_least(found[name])}{rate:.4g}/s"
+        for name, rate in (("pruned", pruned), ("full", full))
+    ]
     return [(f"highest rate with {found['objective']}", rates[0], f"full: {rates[1]}")]
 
 

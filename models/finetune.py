@@ -201,6 +201,40 @@ def _trainer(
         row_tokens=rows.row_tokens,
         device="cuda" if cuda else "cpu",
     )
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=1,  # the rows of all epochs are one pass: each is drawn once
+        per_device_train_batch_size=batch,
+        # Rows come in a seeded random order already, and any of them can be made on resume.
+        train_sampling_strategy="sequential",
+        learning_rate=config.learning_rate or (preset.learning_rate if preset else LEARNING_RATE),
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, steps_per_epoch * epochs // 10),
+        weight_decay=0.01 if preset is None else 0.1,
+        adam_beta2=0.95,
+        max_grad_norm=1.0,
+        # Matrix products in bf16, weights and losses in fp32, where the hardware is faster that way.
+        bf16=prefers_bf16("cuda" if cuda else "cpu"),
+        use_cpu=not cuda,
+        eval_strategy="steps",
+        eval_steps=max(1, steps_per_epoch * epochs // 4),
+        save_strategy="steps",
+        save_steps=max(1, steps_per_epoch * epochs // 4),
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=chosen_by,
+        greater_is_better=chosen_by != "nll",
+        logging_steps=max(1, steps_per_epoch // 4),
+        report_to=list(config.report_to),
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_drop_last=True,
+        dataloader_pin_memory=cuda,
+        seed=config.seed,
+        disable_tqdm=False,
+    )
+    # Trainer would spread one process over all GPUs with DataParallel: steps would be as many times as large.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     return RecommenderTrainer(
         recommender=recommender,
         users=data.valid.sample(config.validation_users, config.seed),
@@ -209,38 +243,7 @@ def _trainer(
         model=model,
         train_dataset=rows,
         eval_dataset=rows,  # not read: evaluation ranks the validation users; Trainer asks for one
-        args=TrainingArguments(
-            output_dir=str(work),
-            num_train_epochs=1,  # the rows of all epochs are one pass: each is drawn once
-            per_device_train_batch_size=batch,
-            # Rows come in a seeded random order already, and any of them can be made on resume.
-            train_sampling_strategy="sequential",
-            learning_rate=config.learning_rate or (preset.learning_rate if preset else LEARNING_RATE),
-            lr_scheduler_type="cosine",
-            warmup_steps=min(100, steps_per_epoch * epochs // 10),
-            weight_decay=0.01 if preset is None else 0.1,
-            adam_beta2=0.95,
-            max_grad_norm=1.0,
-            # Matrix products in bf16, weights and losses in fp32, where the hardware is faster that way.
-            bf16=prefers_bf16("cuda" if cuda else "cpu"),
-            use_cpu=not cuda,
-            eval_strategy="steps",
-            eval_steps=max(1, steps_per_epoch * epochs // 4),
-            save_strategy="steps",
-            save_steps=max(1, steps_per_epoch * epochs // 4),
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model=chosen_by,
-            greater_is_better=chosen_by != "nll",
-            logging_steps=max(1, steps_per_epoch // 4),
-            report_to=list(config.report_to),
-            remove_unused_columns=False,
-            label_names=[],
-            dataloader_drop_last=True,
-            dataloader_pin_memory=cuda,
-            seed=config.seed,
-            disable_tqdm=False,
-        ),
+        args=arguments,
     )
 
 

@@ -8,6 +8,9 @@ import torch
 from models.precision import exact_products
 from models.trie import Trie
 
+MOST_VALUES = 2**26
+"""of gathered weights at once"""
+
 
 class ChildHead:
     """Scores the children of trie nodes from hidden states.
@@ -59,8 +62,14 @@ class ChildHead:
     def _inside(self, hidden: torch.Tensor, nodes: np.ndarray) -> np.ndarray:
         positions, counts = self._trie.child_positions(nodes)
         segments = torch.from_numpy(np.arange(len(nodes)).repeat(counts)).to(hidden.device)
-        weight = self.weight[self._children[torch.from_numpy(positions).to(hidden.device)]]
-        logits = torch.linalg.vecdot(weight, hidden[segments])
+        children = self._children[torch.from_numpy(positions).to(hidden.device)]
+        # Piece by piece, or a large batch over a large catalogue would fill a GPU.
+        step = max(1, MOST_VALUES // hidden.shape[1])
+        pieces = [
+            torch.linalg.vecdot(self.weight[piece], hidden[of])
+            for piece, of in zip(children.split(step), segments.split(step), strict=True)
+        ]
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return segment_log_softmax(logits, segments, len(nodes)).cpu().numpy()
 
 

@@ -274,7 +274,7 @@ def _open_graphs(forward: PagedForward, vocabulary: int) -> None:
     """Let CUDA graphs run where they give what vLLM's layers give when they are called."""
     try:
         error = _difference(forward, "graphs", forward.capture(), vocabulary)
-    except (AssertionError, AttributeError, RuntimeError, TypeError) as failure:
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as failure:
         # Attention that reads its lengths on the host, or inner parts of another vLLM than was tested.
         logger.warning("the search runs without CUDA graphs, slower: they cannot be captured (%s)", failure)
         forward.graphs = None
@@ -302,10 +302,16 @@ def _difference(
 
 
 def _in_words(cache: torch.Tensor) -> torch.Tensor:
-    """Return a cache as `[blocks, words]`, which is copied several times faster than in bf16."""
-    flat = cache.flatten(1)
-    fits = flat.data_ptr() == cache.data_ptr() and flat.shape[1] * flat.element_size() % 8 == 0
-    return flat.view(torch.int64) if fits else cache
+    """Return a cache as `[blocks, words]`, which is copied several times faster than in bf16; as it is where
+    a block is no piece of memory, in whatever order its dimensions lie there."""
+    values = 1
+    for stride, size in sorted(zip(cache.stride()[1:], cache.shape[1:], strict=True)):
+        if size > 1 and stride != values:
+            return cache
+        values *= size
+    if any(number * cache.element_size() % 8 for number in (values, cache.stride(0), cache.storage_offset())):
+        return cache
+    return cache.as_strided((len(cache), values), (cache.stride(0), 1)).view(torch.int64)
 
 
 @dataclass(frozen=True)

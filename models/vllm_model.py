@@ -29,6 +29,8 @@ _DEFAULT_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     # A long prompt's attention in parts, one a thread, rounds otherwise than beside other prompts.
     "VLLM_CPU_ATTN_SPLIT_KV": "0",
+    # In fp32 attention is Triton's on a GPU, which would multiply in TF32.
+    "TRITON_F32_DEFAULT": "ieee",
 }
 
 logger = logging.getLogger(__name__)
@@ -105,15 +107,26 @@ def engine_choices(recommender: Recommender) -> dict[str, Any]:
         "model": str(recommender.directory),
         "runner": "pooling",
         "convert": "embed",
-        "dtype": served_dtype("cpu" if on_cpu else "cuda"),
+        "dtype": platform_dtype(),
         "max_model_len": _needed_length(recommender),
         "enforce_eager": on_cpu,
         "block_size": CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else GPU_KV_CACHE_BYTES,
+        # As the KV cache has its own size, this only says how much has to be free: others may be there too.
+        **({} if on_cpu else {"gpu_memory_utilization": 0.05}),
         "max_num_seqs": 256 if on_cpu else 1024,
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+
+
+def platform_dtype() -> str:
+    """Return the precision that serves where none is asked for: GPUs before Ampere have no bf16."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda() and not current_platform.has_device_capability(80):
+        return "float16"
+    return served_dtype("cpu" if current_platform.is_cpu() else "cuda")
 
 
 def _needed_length(recommender: Recommender) -> int:

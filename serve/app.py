@@ -41,6 +41,7 @@ MAX_CATALOG_BYTES = 256 * 2**20
 CATALOG_BODY_S = 300.0
 LEAVING = ("draining", "failed")
 PARQUET = "application/vnd.apache.parquet"
+_METRICS_LINK = '<span id="metrics"> · <a href="metrics">metrics</a></span>'
 # The page is one file: nothing is loaded from anywhere, and a key typed into it goes to this service only.
 _CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
@@ -157,7 +158,9 @@ def create_app(service: Service, front: Front | None = None, siblings: Siblings 
             raise unavailable(f"the service is {service.state}, not ready", STARTING_RETRY_S)
         return Health(status="ready")
 
-    if not front.metrics_apart:
+    if front.metrics_apart:
+        page = page.replace(_METRICS_LINK, "")
+    else:
         add_metrics(app, service.metrics, siblings)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)

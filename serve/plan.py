@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from models.checkpoint import check_weights, read_description, read_safetensors_header
+from models.checkpoint import check_weights, read_description, read_safetensors_header, weight_files
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError, UsageError
 from models.index import INDEX
@@ -171,14 +171,10 @@ def _engine_options(arguments: Sequence[str], dtype: str) -> argparse.Namespace:
 
 def weight_bytes(directory: Path, dtype: str) -> int:
     """Return the bytes of a checkpoint's tensors as served: floats in `dtype`, integers as stored."""
-    index = directory / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
     return sum(
         math.prod(tensor["shape"]) * INTEGERS.get(tensor["dtype"], BYTES[dtype])
-        for name in names
-        for tensor in read_safetensors_header(directory / Path(name).name).values()
+        for file in weight_files(directory)
+        for tensor in read_safetensors_header(file).values()
     )
 
 

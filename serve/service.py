@@ -21,6 +21,7 @@ from models.search import SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
 from serve.building import make_shelf
 from serve.metrics import STAGES, Metrics
+from serve.plan import weight_bytes
 from serve.problems import ServiceProblem, unavailable
 from serve.recommend import Prepared, cold_start, is_heavy, prepare, recommended_items
 from serve.schemas import (
@@ -62,6 +63,11 @@ class Loaded:
 
     served_name: str | None = None
     """as `--served-model-name` gives it"""
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Floats as they are served, integers as they are stored."""
+        return weight_bytes(self.recommender.directory, self.dtype)
 
     @cached_property
     def name(self) -> str:
@@ -280,7 +286,7 @@ class Service:
                 embedding=counts.total - counts.non_embedding,
                 non_embedding=counts.non_embedding,
             ),
-            weights_bytes=counts.total * BYTES[loaded.dtype],
+            weights_bytes=loaded.weights_bytes,
             kv_cache_bytes=loaded.kv_cache_bytes,
             dtype=loaded.dtype,
             engine=loaded.kind,

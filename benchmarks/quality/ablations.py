@@ -6,12 +6,18 @@ from compress.distill import LossWeights
 from compress.method import Method
 from compress.recipe import RECIPES, Recipe, Stage
 
-_DEFAULT = RECIPES["leanrec"]
+_DEFAULT, _PUBLISHED = RECIPES["leanrec"], RECIPES["prunerec"]
+_LAST = _DEFAULT.stages[-1]
 ABLATIONS: dict[str, Recipe] = {
     "no-repair": replace(_DEFAULT, method=Method(repair=False)),
     "pca": replace(_DEFAULT, method=Method(hidden=("pca",))),
     "channels": replace(_DEFAULT, method=Method(hidden=("channels",))),
     "published-scores": replace(_DEFAULT, method=Method(scores="prunerec")),
+    # The published method, and the last stage at the rate of all others'.
+    "published-rate": replace(
+        _PUBLISHED,
+        stages=(*_PUBLISHED.stages[:2], replace(_PUBLISHED.stages[2], learning_rate=_LAST.learning_rate)),
+    ),
     "vocabulary-kl": replace(_DEFAULT, weights=LossWeights(vocabulary=1.0)),
     "both-kl": replace(_DEFAULT, weights=LossWeights(valid=0.5, vocabulary=0.5)),
     "two-stages": replace(

@@ -85,6 +85,7 @@ def test_requests_are_forks_of_one_server_and_a_new_one_starts_where_it_ended(tm
 
 @pytest.mark.slow
 def test_what_does_not_answer_in_time_is_ended(tmp_path, monkeypatch):
+    run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path)  # the server has started
     monkeypatch.setattr(apart, "TIMEOUT_SECONDS", 3)
     told = tmp_path / "told"
     with pytest.raises(LeanRecError, match="did not answer in 3 s"):

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from compress import inputs
 from compress.cli import main
+from models.checkpoint import read_recommender
+from models.data import load_data
 from models.errors import run_command
 from tests.tiny import make_tiny_recommender, write_tiny_data
 
@@ -58,6 +61,25 @@ def test_plan_prints_shapes_counts_and_cost_and_writes_nothing(capsys, full, tmp
     assert "3 depth" in out
     assert "cost: the full model reads" in out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_in_another_order_is_numbered_as_the_model_is(made, tmp_path):
+    catalog = read_recommender(made).catalog
+    data = load_data(str(made.parent / "tiny-data"))
+    other = Path(shutil.copytree(made.parent / "tiny-data", tmp_path / "data"))
+    items = pq.read_table(other / "items.parquet")
+    pq.write_table(items.take(list(range(len(items)))[::-1]), other / "items.parquet")
+    shuffled = load_data(str(other))
+    assert shuffled.catalog.item_ids != catalog.item_ids
+    found, wanted = inputs.aligned(shuffled, catalog), inputs.aligned(data, catalog)
+    for ours, theirs in zip(
+        (found.train, found.valid.histories, found.test.histories),
+        (wanted.train, wanted.valid.histories, wanted.test.histories),
+        strict=True,
+    ):
+        assert ours.items.tolist() == theirs.items.tolist()
+    assert found.test.targets.tolist() == wanted.test.targets.tolist()
+    assert found.valid.targets.tolist() == wanted.valid.targets.tolist()
 
 
 @pytest.mark.parametrize(

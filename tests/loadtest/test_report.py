@@ -9,10 +9,11 @@ import pytest
 
 from loadtest.blocks import BlockRun
 from loadtest.compare import Block
+from loadtest.inputs import read_quality
 from loadtest.load import Load
 from loadtest.page import render
 from loadtest.plots import linear_ticks, log_ticks
-from loadtest.report import markdown
+from loadtest.report import capacity, markdown
 from loadtest.session import Plan, pair_order
 from tests.loadtest.made_up import QUALITY, make_report, make_run, make_session
 
@@ -108,6 +109,41 @@ def test_a_report_of_an_open_loop():
     page = render(report)
     assert "sent 99 % of them less than 0.5 ms late" in page
     assert "Latency, 5 requests/s" in page
+
+
+def test_a_full_model_that_hits_nobody_has_nothing_to_keep():
+    none = {**QUALITY, "retained": {"hr@10": None, "ndcg@10": None}}
+    report = make_report(make_session(), quality=none)
+    assert "kept HR@10 no ratio to 0" in report["verdict"]
+    assert "<dt>NDCG@10</dt>" not in render(report)
+
+
+def test_an_int8_model_is_told_by_its_own_quality(tmp_path):
+    tests = {
+        name: {"test": {"hr@10": hit, "ndcg@10": hit / 2}} for name, hit in (("full", 0.2), ("pruned", 0.1))
+    }
+    report = {"metrics": tests, "retained": {"hr@10": 0.5, "ndcg@10": 0.5}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    assert read_quality(tmp_path)["retained"] == {"hr@10": 0.5, "ndcg@10": 0.5}
+    report["quantization"] = {"metrics": {"quantized": {"test": {"hr@10": 0.08, "ndcg@10": 0.03}}}}
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    found = read_quality(tmp_path)
+    assert found["metrics"]["pruned"]["hr@10"] == 0.08
+    assert found["retained"] == {"hr@10": pytest.approx(0.4), "ndcg@10": pytest.approx(0.3)}
+
+
+@pytest.mark.parametrize(
+    ("limited", "missed", "said"),
+    [(False, 20.0, "up to 10"), (True, 20.0, "at least"), (False, None, "at least")],
+)
+def test_a_rate_that_the_deployment_did_not_set_is_a_lower_bound(limited, missed, said):
+    side = {
+        "requests_per_second": 10.0,
+        "missed_at": missed,
+        "limited_by_generator": limited,
+        "cost_per_million": None,
+    }
+    assert said in capacity({"objective": "p99=1s", "full": side, "pruned": side})
 
 
 def test_failures_stand_in_the_verdict():

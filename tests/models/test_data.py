@@ -91,6 +91,36 @@ def test_ready_splits_are_taken_unchanged(tmp_path: Path) -> None:
     assert [ids[i] for i in data.test.targets] == ["a", "b"]
 
 
+def test_a_target_of_the_same_day_is_told_from_one_of_a_later_day(tmp_path: Path) -> None:
+    day = np.timedelta64(1, "D")
+    start = np.datetime64("2020-01-01T10:00", "ns")
+    when = {"a": start, "b": start + np.timedelta64(2, "h"), "c": start + 3 * day}
+    rows = {"user_id": ["u", "u", "v", "v"], "item_id": ["b", "a", "a", "b"]}
+    # Not in order of time: what counts is the last meeting.
+    times = [when["b"], when["a"], when["a"], when["b"]]
+    write(tmp_path, "parquet", interactions={**rows, "timestamp": np.array(times)})
+    for split, history in (("train", ["a"]), ("valid", ["a"])):
+        table = pa.table({"user_id": ["u"], "history_item_ids": [history], "target_item_id": ["b"]})
+        pq.write_table(table, tmp_path / f"{split}.parquet")
+    test = {
+        "user_id": ["u", "v"],
+        "history_item_ids": [["a", "b"], ["a", "b"]],
+        "target_item_id": ["c", "d"],
+        "timestamp": np.array([when["c"], when["b"] + np.timedelta64(1, "h")]),
+    }
+    pq.write_table(pa.table(test), tmp_path / "test.parquet")
+    assert load_data(str(tmp_path)).test.later_day.tolist() == [True, False]
+
+
+def test_dates_are_read_like_seconds(tmp_path: Path) -> None:
+    seconds = load_data(write(tmp_path / "seconds", "parquet"))
+    times = np.array(INTERACTIONS["timestamp"]).astype("datetime64[s]").astype("datetime64[ns]")
+    dates = load_data(write(tmp_path / "dates", "parquet", interactions={**INTERACTIONS, "timestamp": times}))
+    assert dates.test.later_day.tolist() == seconds.test.later_day.tolist()
+    assert dates.valid.later_day.tolist() == seconds.valid.later_day.tolist()
+    np.testing.assert_array_equal(dates.train.items, seconds.train.items)
+
+
 def test_recbole_files(tmp_path: Path) -> None:
     (tmp_path / "x.item").write_text(
         "\ufeffitem_id:token\tmovie_title:token_seq\trelease_year:token\n1\tHeat\t1995\n2\tHeat\t1972\n3\tunknown\t\n"

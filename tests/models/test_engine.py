@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from models import head
 from models.checkpoint import load_model, read_recommender
 from models.evaluate import evaluate, evaluate_baselines
+from models.head import ChildHead
 from models.metrics import bootstrap_interval, per_user_metrics, target_ranks
 from models.search import SearchRequest, SearchSettings
 from models.transformers_engine import TransformersEngine
@@ -79,6 +81,18 @@ def test_a_target_s_rank_is_its_place_in_the_list(tmp_path: Path) -> None:
     assert 0 < (ranks > 0).sum() < items
     _, ranks = engine.rank(prompts, list(range(items)), k=3)
     assert ranks.tolist() == target_ranks([rows[:3] for rows in lists], np.arange(items)).tolist()
+
+
+def test_scores_of_many_children_are_made_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    trie = read_recommender(tmp_path / "full").trie
+    torch.manual_seed(0)
+    child_head = ChildHead(torch.randn(448, 64), trie)
+    nodes = [1, 2, 0, 3, 1]
+    hidden = torch.randn(len(nodes), 64)
+    whole = child_head.log_probs(hidden, nodes)
+    monkeypatch.setattr(head, "MOST_VALUES", 3 * 64)
+    np.testing.assert_allclose(child_head.log_probs(hidden, nodes), whole, rtol=1e-6)
 
 
 def test_metrics_by_hand() -> None:

@@ -119,10 +119,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path: Path) -> 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    for _ in range(600):
-        if list((tmp_path / "resumed.work").glob("checkpoint-*/trainer_state.json")):
-            break
-        time.sleep(0.1)
+    until = time.monotonic() + 600
+    while not list((tmp_path / "resumed.work").glob("checkpoint-*/trainer_state.json")):
+        assert killed.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (tmp_path / "resumed").exists()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from models import vllm_graphs
-from models.vllm_forward import Query, _layout
+from models.vllm_forward import Query, _in_words, _layout
 from models.vllm_graphs import ForwardGraphs, Inputs, row_counts
 
 BLOCK = 4
@@ -79,3 +79,21 @@ def test_rows_beyond_a_forward_belong_to_no_query_and_write_to_block_0() -> None
 def test_what_is_too_large_for_every_graph_is_left_to_others(graphs: ForwardGraphs) -> None:
     for rows, queries in ((49, 1), (16, 6)):
         assert graphs(lambda _: pytest.fail("not to be filled"), rows=rows, queries=queries, wanted=1) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (0, 2, 3, 1)])
+def test_a_block_is_copied_in_words_however_its_dimensions_lie(order: tuple[int, ...]) -> None:
+    """vLLM's layouts give a view of `[blocks, heads, slots, values]` whose heads lie inside the slots."""
+    stored = torch.randn(5, 2, 16, 8).bfloat16()
+    cache = stored.permute(order)
+    words = _in_words(cache)
+    assert (words.dtype, words.data_ptr(), len(words)) == (torch.int64, cache.data_ptr(), 5)
+    before = cache.clone()
+    words[3] = words[1]
+    assert cache[3].equal(before[1])
+    assert cache[[0, 1, 2, 4]].equal(before[[0, 1, 2, 4]])
+
+
+def test_a_block_that_is_no_piece_of_memory_stays_as_it_is() -> None:
+    for cache in (torch.randn(5, 2, 16, 8)[:, :, ::2], torch.randn(5, 2, 3).bfloat16()[:, :, :1]):
+        assert _in_words(cache) is cache

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -22,6 +23,7 @@ def running(app: FastAPI, lifespan: Literal["on", "off"] = "on") -> Iterator[str
     while not server.started:
         if not thread.is_alive():
             raise RuntimeError("the server did not start")
+        time.sleep(0.002)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:

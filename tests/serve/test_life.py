@@ -1,10 +1,12 @@
 """Readiness, batching, overload and failures of the engine."""
 
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -103,17 +105,29 @@ def test_a_golden_answer_of_something_else(loaded: Loaded, change: dict[str, obj
         warm_up(loaded.engine, loaded.recommender, golden, "float32", batch=2, max_length=loaded.max_length)
 
 
-def test_golden_answers_are_stored_and_checked(loaded: Loaded) -> None:
-    directory = loaded.recommender.directory
-    try:
-        write_golden(directory)
-        assert read_golden(directory) == compute_golden(loaded.recommender)
-        assert GoldenSource(directory).get() == read_golden(directory)
-        (directory / FILE).write_text('{"items": 5}')
-        with pytest.raises(LeanRecError, match=FILE):
-            GoldenSource(directory)
-    finally:
-        (directory / FILE).unlink()
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0.01), ("float16", 0.1), ("bfloat16", 0.3)])
+def test_a_golden_answer_may_be_off_by_rounding_alone(loaded: Loaded, dtype: str, tolerance: float) -> None:
+    golden = loaded.golden()
+
+    def shifted(by: float) -> None:
+        other = replace(golden, scores=[score + by for score in golden.scores])
+        warm_up(loaded.engine, loaded.recommender, other, dtype, batch=2, max_length=loaded.max_length)
+
+    shifted(0.5 * tolerance)
+    with pytest.raises(LeanRecError, match="differs from transformers'"):
+        shifted(2 * tolerance)
+
+
+def test_golden_answers_are_stored_and_checked(loaded: Loaded, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(loaded.recommender.directory, tmp_path / "copy"))
+    write_golden(directory)
+    assert read_golden(directory) == compute_golden(loaded.recommender)
+    assert GoldenSource(directory).get() == read_golden(directory)
+    (directory / FILE).write_text('{"items": 5}')
+    with pytest.raises(LeanRecError, match=FILE):
+        GoldenSource(directory)
+    (directory / FILE).unlink()
+    assert GoldenSource(directory).get() == compute_golden(loaded.recommender)
     with pytest.raises(LeanRecError, match="golden"):
         Golden.parse('{"history": [], "prompt_sha256": "", "items": [], "scores": []}', "x")
 

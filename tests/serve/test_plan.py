@@ -104,11 +104,13 @@ def test_what_cannot_be_read_is_named(directory: Path, tmp_path: Path) -> None:
         plan_memory(directory, ["--kv-cache-memory-bytes", "much"])
     with pytest.raises(LeanRecError, match="no such directory"):
         plan_memory(tmp_path / "none", [])
+    config = (directory / "config.json").read_text()
     (directory / "config.json").write_text("{}")
     with pytest.raises(LeanRecError, match=r"config\.json"):
         plan_memory(directory, [])
+    (directory / "config.json").write_text(config)
     shutil.copy(directory / "recommender.json", directory / "catalog.parquet")
-    with pytest.raises(LeanRecError):
+    with pytest.raises(LeanRecError, match=r"catalog\.parquet"):
         plan_memory(directory, [])
 
 

@@ -13,6 +13,7 @@ from serve import service
 from serve.recommend import prepare
 from serve.schemas import RecommendRequest
 from serve.service import Loaded
+from serve.shelf import Shelf
 from tests.serve.conftest import ADMIN
 
 
@@ -51,6 +52,23 @@ def test_titles_in_place_of_ids(client: httpx.Client, recommender: Recommender) 
     by_title = ask(client, history_titles=[f"  {titles[0]} ", titles[1], "No Such Film (1999)"])
     assert by_title["items"] == ask(client, history=["i5", "i9"])["items"]
     assert by_title["unknown_items"] == ["No Such Film (1999)"]
+
+
+def test_of_a_prompt_that_is_too_long_the_oldest_titles_go_first(recommender: Recommender) -> None:
+    shelf, rows = Shelf.of(recommender), list(range(20, 28))
+    assert recommender.prompt.max_history == len(rows)
+    chunk = recommender.prompt.truncation_chunk
+    request = RecommendRequest(history=[recommender.catalog.item_ids[row] for row in rows])
+    whole, shorter = shelf.prompter.encode(rows), shelf.prompter.encode(rows[chunk:])
+
+    def prompt(longest: int) -> list[int]:
+        search = prepare(request, shelf, longest).search
+        assert search is not None
+        return search.prompt
+
+    assert prompt(len(whole)) == whole
+    assert prompt(len(whole) - 1) == shorter
+    assert prompt(3) == shelf.prompter.encode(rows[-1:])[-3:]
 
 
 def test_ids_may_hold_colons(client: httpx.Client) -> None:
