@@ -57,12 +57,12 @@ def cost_table(rows: Rows) -> Table:
         f"{_reading(first)}load average "
         f"{first['load_average_before']:.1f} before, {first['load_average_after']:.1f} after; "
         f"commit {first['commit']}, {first['date']}. Less than generate: than the cheaper of generate one "
-        "by one and in batches of eight, fresh users; returning users are held against it too. The AsyncLLM "
-        "loop runs at vLLM's defaults: engine and worker are processes that wait for each other by "
-        "spinning, and that counts as CPU time; its wall time is beside it. Overlap is with the top tens "
-        "that LeanRec in the worker proved. Latencies depend on what else the machine does; CPU time "
-        "much less. The checkpoint was trained on the softmax over the catalogue's tokens, so beams that know "
-        "no catalogue find no titles. "
+        "by one and in batches of eight, fresh users; returning users are held against it too. The "
+        "AsyncLLM loop runs at vLLM's defaults: engine and worker are processes that wait for each other "
+        "by spinning, and that counts as CPU time; its wall time is beside it. Overlap is with the top "
+        "tens that LeanRec in the worker proved. Latencies depend on what else the machine does; CPU time"
+        " much less. The checkpoint was trained on the softmax over the catalogue's tokens, so beams that"
+        " know no catalogue find no titles. "
         "`python -m benchmarks.serving`"
     )
     return Table(f"What a recommendation costs: {first['data']}", note, cells, _plots(rows))
