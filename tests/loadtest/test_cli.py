@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import psutil
@@ -303,6 +304,7 @@ def test_sigterm_stops_what_was_started(stubs, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while not (tmp_path / "out" / "requests" / "warm-up-full.log").exists():
             assert process.poll() is None
+            time.sleep(0.02)
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
         os.kill(process.pid, signal.SIGTERM)

@@ -36,10 +36,9 @@ def client_of(url: str) -> httpx.Client:
     return httpx.Client(base_url=url, timeout=60, trust_env=False)
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait for something that another thread is about to make true."""
-    for _ in range(6000):
-        if holds():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("waited a minute in vain")
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for something that another thread or process is about to make true."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, f"waited {seconds:g} s in vain"
+        time.sleep(0.01)

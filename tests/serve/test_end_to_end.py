@@ -108,7 +108,11 @@ def test_only_what_is_given_is_passed_on() -> None:
 
 def test_stopped_while_loading(recommender: Recommender, tmp_path: Path) -> None:
     process = start(recommender.directory, tmp_path / "log")
-    with client_of(url_of(process, tmp_path / "log")) as http:
-        assert http.get("/health/live").status_code == 200
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    try:
+        with client_of(url_of(process, tmp_path / "log")) as http:
+            assert http.get("/health/live").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()

@@ -21,7 +21,7 @@ from serve.service import Loaded, Service
 from serve.shelf import Shelf
 from tests.serve.conftest import ADMINISTERED, TOKEN, KeptOpen
 from tests.serve.http import client_of, running, wait_until
-from tests.serve.test_end_to_end import start, url_of
+from tests.serve.test_end_to_end import TIMEOUT_S, start, url_of
 
 ADMIN = {"authorization": f"Bearer {TOKEN}"}
 CLIENTS = 4
@@ -234,7 +234,9 @@ def test_under_load_on_vllm(recommender: Recommender, tmp_path: Path) -> None:
     try:
         url = url_of(process, log)
         with client_of(url) as http:
-            wait_until(lambda: process.poll() is not None or http.get("/health/ready").status_code == 200)
+            wait_until(
+                lambda: process.poll() is not None or http.get("/health/ready").status_code == 200, TIMEOUT_S
+            )
             assert process.poll() is None, log.read_text()
 
             def swap(n: int) -> None:
@@ -246,7 +248,7 @@ def test_under_load_on_vllm(recommender: Recommender, tmp_path: Path) -> None:
                     write_catalog(file, catalog)
                     wait_until(lambda: http.get("/model").json()["catalog_version"] == catalog.version)
 
-            answers, failures = under_load(url, marks, swap, 24)
+            answers, failures = under_load(url, marks, swap, 12)
             assert failures == []
             check_unmixed(answers, marks)
             last = http.get("/model").json()["catalog_version"]

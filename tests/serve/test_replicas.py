@@ -166,7 +166,7 @@ def test_ready_with_all_and_gone_with_one(recommender: Recommender, tmp_path: Pa
     with replicas(recommender.directory, tmp_path / "log") as service:
         late = service.replicas[1]
         late.suspend()
-        wait_until(lambda: "golden answer confirmed" in service.log.read_text())
+        wait_until(lambda: "golden answer confirmed" in service.log.read_text(), TIMEOUT_S)
         time.sleep(2)
         assert service.ask("GET", "/health/ready").status_code == 503
         assert service.ask("POST", "/recommend", json={"history": ["i3"]}).status_code == 503
