@@ -8,6 +8,7 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from os import EX_IOERR
 from pathlib import Path
@@ -25,6 +26,8 @@ APART = 50_000
 """Items from which on to build takes longer than to start a process."""
 NICE = 5
 _CATALOG = "catalog.parquet"
+_builds: "set[subprocess.Popen[str]]" = set()
+"""That run in this process's name"""
 
 
 def make_shelf(recommender: Recommender, catalog: Catalog, max_length: int) -> Shelf:
@@ -50,18 +53,33 @@ def make_shelf(recommender: Recommender, catalog: Catalog, max_length: int) -> S
     return shelf
 
 
+def end_builds() -> None:
+    """Kill what is being built: nobody waits for it any more."""
+    for build in list(_builds):
+        build.kill()
+
+
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    with subprocess.Popen(
+        command,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as build:
+        _builds.add(build)
+        try:
+            _, errors = build.communicate()
+        finally:
+            _builds.discard(build)
+    return subprocess.CompletedProcess(command, build.returncode, "", errors)
+
+
 def _build_apart(directory: Path, catalog: Catalog) -> Trie:
     with TemporaryDirectory(prefix="leanrec-catalog-") as folder:
         write_catalog(Path(folder) / _CATALOG, replace(catalog, attributes={}))
-        done = subprocess.run(
-            [sys.executable, "-P", "-m", "serve.building", str(directory), folder],
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        done = _run([sys.executable, "-P", "-m", "serve.building", str(directory), folder])
         if done.returncode:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             if done.returncode == EX_IOERR:

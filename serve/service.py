@@ -19,7 +19,7 @@ from models.families import Shape, config_parameters
 from models.golden import Golden
 from models.search import SearchResult
 from serve.batching import Answered, Batcher, BatchLimits
-from serve.building import make_shelf
+from serve.building import end_builds, make_shelf
 from serve.metrics import STAGES, Metrics
 from serve.plan import weight_bytes
 from serve.problems import ServiceProblem, unavailable
@@ -138,6 +138,7 @@ class Service:
         """Release the engine."""
         for task in self._tasks:
             task.cancel()
+        end_builds()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._batcher is not None and self._loaded is not None and self.state != "failed":
             closing = asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)

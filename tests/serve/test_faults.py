@@ -249,9 +249,38 @@ def test_no_room_in_the_process_apart_is_told_as_such(
 ) -> None:
     _, http, _ = administered
     full = subprocess.CompletedProcess([], building.EX_IOERR, "", "No space left on device\n")
-    monkeypatch.setattr(building.subprocess, "run", lambda *_, **__: full)
+    monkeypatch.setattr(building, "_run", lambda _: full)
     response = http.put("/catalog", json=as_rows(marked(loaded.recommender, "Third")), headers=ADMIN)
     assert "No space left on device" in problem(response, 507)
+
+
+def test_who_stops_waits_for_no_catalogue(
+    loaded: Loaded, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = threading.Event()
+    run = building._run
+
+    def endless(_: object) -> "subprocess.CompletedProcess[str]":
+        begun.set()
+        return run([sys.executable, "-c", "import time; time.sleep(600)"])
+
+    monkeypatch.setattr(building, "APART", 1)
+    monkeypatch.setattr(building, "_run", endless)
+
+    async def scenario() -> None:
+        service = Service(lambda: replace(loaded, engine=gate))
+        service.start()
+        while service.state != "ready":
+            await asyncio.sleep(0.01)
+        catalog = marked(loaded.recommender, "Third")
+        swapped = asyncio.create_task(service.swap_catalog(lambda: catalog, "put"))
+        await asyncio.to_thread(begun.wait, 60)
+        await asyncio.sleep(0.2)
+        await service.stop()
+        with pytest.raises(LeanRecError):
+            await asyncio.wait_for(swapped, 30)
+
+    asyncio.run(scenario())
 
 
 def test_a_failed_batch_is_logged_without_what_was_asked(
