@@ -121,15 +121,19 @@ class Batcher:
     @property
     def expected_wait_s(self) -> float:
         """How long a request that came now would wait for its answer, seconds; an estimate."""
-        ahead = self.coming + len(self._queue) + len(self._running)
-        return ahead * self._seconds_per_request
+        return self._wait_behind(self.coming + len(self._queue))
+
+    def _wait_behind(self, waiting: int) -> float:
+        return (waiting + len(self._running)) * self._seconds_per_request
 
     def refusal(self) -> ServiceProblem | None:
         """Return why a request that comes now is turned away, and count it, or return None."""
+        return self._refusal(self.coming + len(self._queue))
+
+    def _refusal(self, waiting: int) -> ServiceProblem | None:
         if self._lost:
             return unavailable(self._lost, LOST_RETRY_S)
-        expected_s, waiting = self.expected_wait_s, len(self._queue) + self.coming
-        limits = self._limits
+        expected_s, limits = self._wait_behind(waiting), self._limits
         if waiting < limits.waiting and expected_s <= ADMITTED_SHARE * limits.longest_wait_s:
             return None
         self._metrics.refused.inc()
@@ -158,7 +162,8 @@ class Batcher:
         """
         if self._lost:
             raise unavailable(self._lost, LOST_RETRY_S)
-        if deadline is not None and (refused := self.refusal()) is not None:
+        # Those that are on their way come behind this one.
+        if deadline is not None and (refused := self._refusal(len(self._queue))) is not None:
             raise refused
         loop = asyncio.get_running_loop()
         waiting = _Waiting(search, shelf, loop.create_future())

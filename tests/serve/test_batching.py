@@ -187,6 +187,10 @@ def test_those_on_their_way_to_the_queue_count_too() -> None:
             assert batcher.refusal() is None
             batcher.coming = 3
             assert batcher.refusal() is not None
+            task = await queued(batcher, request(1))  # was let in before, and has arrived first
+            await asyncio.sleep(0.05)
+            assert not task.done()
+            task.cancel()
             batcher.coming = 2
             batcher._seconds_per_request = 16.0
             assert batcher.refusal() is not None
