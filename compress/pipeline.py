@@ -88,8 +88,8 @@ def _check_request(job: Job, device: str) -> None:
     parse_target(job.target, sys.maxsize)
     if job.layout == "per-layer" and job.recipe != "leanrec":
         raise UsageError(f"--layout per-layer: goes with --recipe leanrec, not {job.recipe}")
-    if job.plan_only:
-        return
+    if job.plan_only or (job.out is not None and (job.out / "report.json").is_file()):
+        return  # nothing is to be done, or it is there already
     if job.ranked_by == "vllm":
         check_vllm_installed()
     if job.quantize != "none" and device == "cpu":

@@ -108,6 +108,8 @@ def finetune(config: FinetuneConfig) -> Path:
     )
     trainer = _trainer(config, preset, recommender, model, data, work=work)
     with hold(out) if trainer.is_world_process_zero() else contextlib.nullcontext():
+        if out.exists():
+            raise LeanRecError(f"{out}: another run has just made it")
         checkpoint = _last_checkpoint(work)
         if trainer.is_world_process_zero():
             if checkpoint is None:  # nothing is lost

@@ -69,7 +69,7 @@ class SearchResult:
     scores: list[float]
     """Log-probability of each item's title, renormalised over the trie."""
     exact: bool
-    """Whether this is provably the top-K."""
+    """Whether this is provably the top-K; where items above a score were asked for, all of them or `k`."""
     expansions: int
     """Nodes opened"""
     steps: int
@@ -101,6 +101,7 @@ class BestFirstSearch:
         self._goal = min(self.request.k, available)
         self._is_whole = self._goal == available
         """Whether all that may be recommended is asked for: what is open once it is found, is left out"""
+        self._asks_rank = self.request.above != -np.inf
         self._most = float(np.nextafter(-self.request.above, -np.inf))
         self._budget = self.settings.budget(self.request)
         if self._goal > 0:
@@ -108,11 +109,10 @@ class BestFirstSearch:
 
     def select(self) -> list[int]:
         """Return the nodes to score now, parents before children; empty when the search has ended."""
-        asks_rank = self.request.above > -np.inf
-        if asks_rank and len(self._done) == self._goal:
+        if self._asks_rank and len(self._done) == self._goal:
             return []
         left = self._budget - self._spent
-        finishing = len(self._done) < self._goal and left <= self._budget // 4 and not asks_rank
+        finishing = len(self._done) < self._goal and left <= self._budget // 4 and not self._asks_rank
         if left <= 0 and not finishing:
             return []
         chosen = self._dive() if finishing and self._newest else self._best(max(left, 1))
@@ -168,10 +168,15 @@ class BestFirstSearch:
     def result(self) -> SearchResult:
         """Return the best items found."""
         bound = self._open[0][0] if self._open and not self._is_whole else np.inf
+        is_full = len(self._done) == self._goal
+        if self._asks_rank:
+            exact = is_full or bound > self._most
+        else:
+            exact = is_full and (self._goal == 0 or bound > self._done[-1][0])
         return SearchResult(
             rows=[row for _, _, row in self._done],
             scores=[-score for score, _, _ in self._done],
-            exact=len(self._done) == self._goal and (self._goal == 0 or bound > self._done[-1][0]),
+            exact=exact,
             expansions=self.expansions,
             steps=self.steps,
         )

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from models.engine import Timings
 from models.head import ChildHead
+from models.metrics import target_ranks
 from models.search import BestFirstSearch, SearchRequest, SearchResult, SearchSettings, run_searches
 from models.trie import Trie
 
@@ -98,7 +99,8 @@ class TransformersEngine:
 
         Returns:
             Scores, float64 `[prompts]`; 1-based ranks, 0 where it is not among the first `k`, int64
-            `[prompts]`. Where a search's budget ends first, the rank among what it found.
+            `[prompts]`. Where a search's budget ends before that is settled, its place in the list that would
+            be served.
         """
         return self._of_targets(prompts, rows, k)
 
@@ -145,11 +147,22 @@ class TransformersEngine:
             )
             searches.append(BestFirstSearch(trie, request, self.settings))
 
-        def expand(pairs: list[tuple[int, int]]) -> np.ndarray:
-            return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
+        def run(of: list[int], searches: list[BestFirstSearch]) -> list[SearchResult]:
+            def expand(pairs: list[tuple[int, int]]) -> np.ndarray:
+                placed = [(of[index], node) for index, node in pairs]
+                return self._head.log_probs(tree.hidden(placed), [node for _, node in placed])
 
-        above = np.array([len(found.rows) for found in run_searches(searches, expand)]) + before
-        return np.where(above < k, above + 1, 0)
+            return run_searches(searches, expand)
+
+        found = run(list(range(len(rows))), searches)
+        above = np.array([len(result.rows) for result in found]) + before
+        ranks = np.where(above < k, above + 1, 0)
+        if open_ended := [b for b, result in enumerate(found) if not result.exact]:
+            plain = SearchRequest(prompt=[], k=k)
+            lists = run(open_ended, [BestFirstSearch(trie, plain, self.settings) for _ in open_ended])
+            targets = np.array([rows[b] for b in open_ended])
+            ranks[open_ended] = target_ranks([result.rows for result in lists], targets)
+        return ranks
 
 
 @dataclass

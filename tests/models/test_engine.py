@@ -83,6 +83,26 @@ def test_a_target_s_rank_is_its_place_in_the_list(tmp_path: Path) -> None:
     assert ranks.tolist() == target_ranks([rows[:3] for rows in lists], np.arange(items)).tolist()
 
 
+def test_a_rank_that_a_budget_leaves_open_is_the_place_in_the_served_list(tmp_path: Path) -> None:
+    data = make_tiny_recommender(tmp_path / "full", num_layers=2)
+    recommender = read_recommender(tmp_path / "full")
+    model, trie = load_model(recommender), recommender.trie
+    prompts = [recommender.prompter.encode(data.test.histories[i % 60].tolist()) for i in range(80)]
+    targets = list(range(80))
+    _, true = TransformersEngine(model, trie).rank(prompts, targets)
+    hasty = TransformersEngine(model, trie, SearchSettings(width=1, subtree=0, max_expansions=1))
+    served = target_ranks(
+        [found.rows for found in hasty.recommend([SearchRequest(prompt=p) for p in prompts])], np.arange(80)
+    )
+    _, ranks = hasty.rank(prompts, targets)
+    assert (served != true).any()
+    assert all(rank in pair for rank, *pair in zip(ranks, true, served, strict=True))
+    assert ((ranks > 0) <= (served > 0) | (true > 0)).all()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(torch.nan)
+    assert not TransformersEngine(model, trie).rank(prompts, targets)[1].any()
+
+
 def test_scores_of_many_children_are_made_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_recommender(tmp_path / "full", num_layers=1)
     trie = read_recommender(tmp_path / "full").trie

@@ -195,6 +195,7 @@ def test_all_that_is_left_is_exact_whatever_stays_open() -> None:
     assert result.exact
 
 
+@settings(deadline=None)
 @given(trie=tries(), seed=st.integers(0, 99), k=st.integers(1, 5), place=st.integers(0, 20))
 def test_what_is_above_a_score_settles_its_rank_in_fewer_steps(trie, seed, k, place) -> None:
     log_probs = node_log_probs(trie, seed, False)

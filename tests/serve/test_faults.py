@@ -257,11 +257,9 @@ def test_no_room_in_the_process_apart_is_told_as_such(
 def test_who_stops_waits_for_no_catalogue(
     loaded: Loaded, gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = threading.Event()
     run = building._run
 
     def endless(_: object) -> "subprocess.CompletedProcess[str]":
-        begun.set()
         return run([sys.executable, "-c", "import time; time.sleep(600)"])
 
     monkeypatch.setattr(building, "APART", 1)
@@ -274,8 +272,8 @@ def test_who_stops_waits_for_no_catalogue(
             await asyncio.sleep(0.01)
         catalog = marked(loaded.recommender, "Third")
         swapped = asyncio.create_task(service.swap_catalog(lambda: catalog, "put"))
-        await asyncio.to_thread(begun.wait, 60)
-        await asyncio.sleep(0.2)
+        while not building._builds:
+            await asyncio.sleep(0.01)
         await service.stop()
         with pytest.raises(LeanRecError):
             await asyncio.wait_for(swapped, 30)
