@@ -34,7 +34,7 @@ from compress.verify import (
 from compress.vllm_rank import ServedEngine
 from compress.work import finished, load_step_model, save_step, sharing
 from models.atomic import write_json, write_text
-from models.checkpoint import Recommender, load_model, read_recommender, weight_bytes, write_recommender
+from models.checkpoint import Recommender, load_model, read_recommender, stored_bytes, write_recommender
 from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
@@ -97,7 +97,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     evidence = Evidence(
         plan=run.plan,
         achieved=reached,
-        weights=(Weights(run.plan.counts[0], weight_bytes(run.full.directory)), weights),
+        weights=(Weights(run.plan.counts[0], stored_bytes(run.full.directory)), weights),
         read_seconds=(finished(shared, "read") or {})["seconds"],
         full=finished(shared, "full") or {},
         cuts=[finished(work, f"{name}-cut") or {} for name in step_names(run.plan)],

@@ -170,7 +170,7 @@ def weight_files(directory: Path) -> list[Path]:
     return [inside(directory, name, index) for name in names]
 
 
-def weight_bytes(directory: Path) -> int:
+def stored_bytes(directory: Path) -> int:
     """Return the bytes of a checkpoint's weights on disk."""
     return sum(path.stat().st_size for path in weight_files(directory))
 

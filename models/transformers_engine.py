@@ -139,7 +139,7 @@ class TransformersEngine:
         trie, searches, before = self.trie, [], []
         for row, score in zip(rows, scores.tolist(), strict=True):
             leaf = trie.leaf_of_item[row]
-            alike = trie.leaf_items[trie.leaf_item_offsets[leaf] : trie.leaf_item_offsets[leaf + 1]]
+            alike = trie.items_of_leaf(int(leaf))
             before.append(int((trie.item_order[alike] < trie.item_order[row]).sum()))
             # Those of the same title have the same score but for rounding, and a known order.
             request = SearchRequest(

@@ -77,6 +77,10 @@ class Trie:
         lengths = np.diff(self.leaf_token_offsets)
         return TitleTokens(self.leaf_tokens, starts[self.leaf_of_item], lengths[self.leaf_of_item])
 
+    def items_of_leaf(self, leaf: int) -> np.ndarray:
+        """Return the catalogue rows that share a leaf's title, int32."""
+        return self.leaf_items[self.leaf_item_offsets[leaf] : self.leaf_item_offsets[leaf + 1]]
+
     def tokens_of_leaf(self, leaf: int) -> np.ndarray:
         """Return the title tokens of a leaf, end marker included."""
         return self.leaf_tokens[self.leaf_token_offsets[leaf] : self.leaf_token_offsets[leaf + 1]]

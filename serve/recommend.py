@@ -88,9 +88,8 @@ def _found(
 
 def _of_same_titles(rows: list[int], shelf: Shelf) -> Iterable[int]:
     """Return all items of the titles that these have: who names a title means each of them."""
-    trie = shelf.trie
-    for leaf in trie.leaf_of_item[rows].tolist():
-        yield from trie.leaf_items[trie.leaf_item_offsets[leaf] : trie.leaf_item_offsets[leaf + 1]].tolist()
+    for leaf in shelf.trie.leaf_of_item[rows].tolist():
+        yield from shelf.trie.items_of_leaf(leaf).tolist()
 
 
 def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:

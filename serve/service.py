@@ -60,7 +60,6 @@ class Loaded:
     vllm: str | None
     golden: Callable[[], Golden]
     limits: BatchLimits = field(default_factory=BatchLimits)
-
     served_name: str | None = None
     """as `--served-model-name` gives it"""
 
