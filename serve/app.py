@@ -137,7 +137,7 @@ def create_app(service: Service, front: Front | None = None, siblings: Siblings 
         body = await _read(request, MAX_CATALOG_BYTES)
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
-            return await service.swap_catalog(lambda: parse_catalog(body, media_type), "put")
+            return await service.swap_catalog(lambda: parse_catalog(body, media_type, service.apart), "put")
         except LeanRecError as error:
             raise ServiceProblem(422, str(error)) from error
 

@@ -18,8 +18,9 @@ from models.errors import LeanRecError
 from models.families import Shape, config_parameters
 from models.golden import Golden
 from models.search import SearchResult
+from serve.apart import Apart
 from serve.batching import Answered, Batcher, BatchLimits
-from serve.building import end_builds, make_shelf
+from serve.building import make_shelf
 from serve.metrics import STAGES, Metrics
 from serve.plan import weight_bytes
 from serve.problems import ServiceProblem, unavailable
@@ -85,6 +86,7 @@ class Service:
         reload_catalog: Serve the file anew whenever it changes.
         """
         self.metrics = Metrics()
+        self.apart = Apart()
         self.state: Literal["starting", "warming", "ready", "draining", "failed"] = "starting"
         self.failure: Exception | None = None
         self.on_failure: Callable[[], None] = lambda: None
@@ -137,7 +139,7 @@ class Service:
         """Release the engine."""
         for task in self._tasks:
             task.cancel()
-        end_builds()
+        self.apart.end()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._batcher is not None and self._loaded is not None and self.state != "failed":
             closing = asyncio.get_running_loop().run_in_executor(self._thread, self._loaded.engine.close)
@@ -229,7 +231,9 @@ class Service:
             )
 
     async def _shelf_of(self, loaded: Loaded, read: Callable[[], Catalog]) -> Shelf:
-        return await asyncio.to_thread(lambda: make_shelf(loaded.recommender, read(), loaded.max_length))
+        return await asyncio.to_thread(
+            lambda: make_shelf(loaded.recommender, read(), loaded.max_length, self.apart)
+        )
 
     async def _adopt(self, batcher: Batcher, shelf: Shelf) -> None:
         """Make the engine take a catalogue between two batches, and serve it from then on."""

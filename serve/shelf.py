@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import TypeAdapter, ValidationError
 
-from models.catalog import Catalog, make_catalog, read_parquet_catalog
-from models.errors import LeanRecError
+from models.catalog import Catalog, read_parquet_catalog
 from models.search import SearchRequest
+from serve.apart import Apart
 from serve.filters import Filters
-from serve.schemas import MAX_CATALOG_ITEMS, CatalogItem, CatalogPage, CatalogRow
+from serve.json_rows import parquet_of
+from serve.schemas import MAX_CATALOG_ITEMS, CatalogItem, CatalogPage
 
 if TYPE_CHECKING:
     from models.checkpoint import Recommender
@@ -107,40 +107,14 @@ def _folded(titles: pa.LargeStringArray) -> pa.LargeStringArray:
     return pc.replace_with_mask(pc.ascii_lower(titles), others, pa.array(folded, pa.large_string()))
 
 
-def parse_catalog(body: bytes, media_type: str) -> Catalog:
+def parse_catalog(body: bytes, media_type: str, apart: Apart) -> Catalog:
     """Return the catalogue in a request's body: JSON rows, or Parquet.
 
     Raises:
         LeanRecError: neither, or content that is not a catalogue.
+        OSError: there is no room for a process that reads it.
+        ServiceProblem: 503, the service ends.
     """
     if media_type == "application/json":
-        try:
-            rows = TypeAdapter(list[CatalogRow]).validate_json(body, strict=True)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"]))
-            raise LeanRecError(f"catalogue: {where + ': ' if where else ''}{first['msg']}") from error
-        _check_size(len(rows))
-        counts = np.array([row.popularity for row in rows], np.int64)
-        item_ids, titles = [row.item_id for row in rows], [row.title for row in rows]
-        return make_catalog(item_ids, titles, counts, "catalogue", _attributes(rows))
+        body = parquet_of(body, apart)
     return read_parquet_catalog(io.BytesIO(body), "catalogue", MAX_CATALOG_ITEMS)
-
-
-def _attributes(rows: list[CatalogRow]) -> dict[str, pa.ChunkedArray]:
-    """Return what rows of JSON hold besides, as columns; a row may leave out what it does not know."""
-    names = dict.fromkeys(name for row in rows for name in row.model_extra or {})
-    columns = {}
-    for name in names:
-        try:
-            columns[name] = pa.chunked_array([pa.array([(row.model_extra or {}).get(name) for row in rows])])
-        except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-            raise LeanRecError(
-                f"catalogue: the attribute {name} mixes types ({str(error).splitlines()[0]})"
-            ) from error
-    return columns
-
-
-def _check_size(items: int) -> None:
-    if items > MAX_CATALOG_ITEMS:
-        raise LeanRecError(f"catalogue: {items} items; the service takes {MAX_CATALOG_ITEMS}")

@@ -13,6 +13,8 @@ import pytest
 from models.checkpoint import Recommender
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
+from serve import json_rows
+from serve.apart import Apart
 from serve.app import create_app
 from serve.service import Loaded
 from serve.shelf import Shelf, parse_catalog
@@ -102,7 +104,7 @@ def test_swap(client: httpx.Client, loaded: Loaded, as_parquet: bool) -> None:
 
 def _catalog(table: list[dict[str, object]]):
 
-    return parse_catalog(parquet(table), "")
+    return parse_catalog(parquet(table), "", Apart())
 
 
 def test_no_request_is_lost_or_mixed(client: httpx.Client, recommender: Recommender) -> None:
@@ -170,6 +172,19 @@ def test_bad_catalogues_leave_the_old_one(
     assert response.status_code == 422, response.text
     assert said in response.json()["detail"]
     assert client.get("/catalog").json() == before
+
+
+def test_large_json_is_read_in_a_process_of_its_own(
+    client: httpx.Client, recommender: Recommender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = [{**row, "year": 1990 + n, "genres": ["a"]} for n, row in enumerate(rows(recommender, 40))]
+    monkeypatch.setattr(json_rows, "LARGE", 1)
+    monkeypatch.setattr(json_rows, "_parquet_of", None)  # not in this process
+    response = client.put("/catalog", json=table, headers=ADMIN)
+    assert response.status_code == 200, response.text
+    assert response.json()["catalog_version"] == _catalog(table).version
+    bad = client.put("/catalog", content=b'[{"item_id": 5, "title": "x"}]', headers=ADMIN | JSON)
+    assert (bad.status_code, bad.json()["detail"][:20]) == (422, "catalogue: 0.item_id")
 
 
 def test_a_title_too_long_for_the_model(client: httpx.Client) -> None:

@@ -1,6 +1,7 @@
 """Clients that leave, answers that come too late, engines that hang or break, disks that are full."""
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -22,8 +23,10 @@ import pytest
 from models.catalog import write_catalog
 from models.errors import LeanRecError
 from serve import building, watch
+from serve.apart import Apart
 from serve.app import create_app
 from serve.batching import BatchLimits
+from serve.problems import ServiceProblem
 from serve.schemas import RecommendRequest
 from serve.service import Loaded, Service
 from tests.serve.conftest import ADMIN, ADMINISTERED, KeptOpen
@@ -202,7 +205,7 @@ def administered(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     service = KeptOpen(lambda: loaded, file, True)
     with running(create_app(service, ADMINISTERED)) as url, client_of(url) as http:
         wait_until(lambda: service.state == "ready")
-        monkeypatch.setattr(building, "APART", 1)
+        monkeypatch.setattr(building, "MANY_ITEMS", 1)
         yield service, http, file
     loaded.engine.use_trie(loaded.recommender.trie)
 
@@ -248,22 +251,23 @@ def test_no_room_in_the_process_apart_is_told_as_such(
     administered: tuple[Service, httpx.Client, Path], loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, http, _ = administered
-    full = subprocess.CompletedProcess([], building.EX_IOERR, "", "No space left on device\n")
-    monkeypatch.setattr(building, "_run", lambda _: full)
+
+    def full(*_: object) -> bytes:
+        raise OSError(errno.EIO, "No space left on device")
+
+    monkeypatch.setattr(Apart, "run", full)
     response = http.put("/catalog", json=as_rows(marked(loaded.recommender, "Third")), headers=ADMIN)
     assert "No space left on device" in problem(response, 507)
 
 
 def test_who_stops_waits_for_no_catalogue(
-    loaded: Loaded, gate: Gate, monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded, gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = building._run
-
-    def endless(_: object) -> "subprocess.CompletedProcess[str]":
-        return run([sys.executable, "-c", "import time; time.sleep(600)"])
-
-    monkeypatch.setattr(building, "APART", 1)
-    monkeypatch.setattr(building, "_run", endless)
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(building, "MANY_ITEMS", 1)
+    run = Apart.run
+    monkeypatch.setattr(Apart, "run", lambda apart, *_: run(apart, "endless"))
 
     async def scenario() -> None:
         service = Service(lambda: replace(loaded, engine=gate))
@@ -272,10 +276,10 @@ def test_who_stops_waits_for_no_catalogue(
             await asyncio.sleep(0.01)
         catalog = marked(loaded.recommender, "Third")
         swapped = asyncio.create_task(service.swap_catalog(lambda: catalog, "put"))
-        while not building._builds:
+        while not service.apart._running:
             await asyncio.sleep(0.01)
         await service.stop()
-        with pytest.raises(LeanRecError):
+        with pytest.raises(ServiceProblem, match="ends"):
             await asyncio.wait_for(swapped, 30)
 
     asyncio.run(scenario())

@@ -16,6 +16,7 @@ from models.errors import LeanRecError
 from models.search import SearchRequest
 from models.transformers_engine import TransformersEngine
 from serve import building, watch
+from serve.apart import Apart
 from serve.app import create_app
 from serve.service import Loaded, Service
 from serve.shelf import Shelf
@@ -154,10 +155,10 @@ def test_a_large_catalogue_is_built_in_a_process_of_its_own(
     recommender: Recommender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalog = marked(recommender, "Large")
-    here = building.make_shelf(recommender, catalog, 256)
-    monkeypatch.setattr(building, "APART", 10)
+    here = building.make_shelf(recommender, catalog, 256, Apart())
+    monkeypatch.setattr(building, "MANY_ITEMS", 10)
     monkeypatch.setattr(Recommender, "_build_trie", None)  # not in this process
-    apart = building.make_shelf(recommender, catalog, 256)
+    apart = building.make_shelf(recommender, catalog, 256, Apart())
     assert apart.version == here.version
     for name in ("child_tokens", "child_targets", "leaf_tokens", "leaf_items", "item_order"):
         np.testing.assert_array_equal(getattr(apart.trie, name), getattr(here.trie, name))
@@ -165,7 +166,7 @@ def test_a_large_catalogue_is_built_in_a_process_of_its_own(
     monkeypatch.setattr(building, "read_catalog", None)
     long = make_catalog([f"i{n}" for n in range(20)], [f"{'a b ' * 200}{n}" for n in range(20)], None, "test")
     with pytest.raises(LeanRecError, match="max-model-len"):
-        building.make_shelf(recommender, long, 256)
+        building.make_shelf(recommender, long, 256, Apart())
 
 
 def under_load(
