@@ -177,19 +177,26 @@ def _normal_titles(titles: Sequence[str | None] | pa.Array | pa.ChunkedArray) ->
     return pc.replace_with_mask(array, odd, pa.array(normal, pa.large_string()))
 
 
+def attribute_type(kind: pa.DataType) -> pa.DataType | None:
+    """Return the type in which an attribute's column of a type is kept, None where it cannot be one."""
+    kind = kind.value_type if pt.is_dictionary(kind) else kind
+    return next((target for holds, target in _ATTRIBUTE_TYPES if holds(kind)), None)
+
+
 def _attribute(name: str, column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     """Return an attribute's column in the one type of its kind."""
-    kind = column.type.value_type if pt.is_dictionary(column.type) else column.type
-    target = next((t for holds, t in _ATTRIBUTE_TYPES if holds(kind)), None)
+    target = attribute_type(column.type)
     if target is None:
         raise LeanRecError(
-            f"{source}: the column {name} is of type {kind}; an attribute holds strings, integers, floats, "
-            "booleans or lists of strings: cast the column or leave it out"
+            f"{source}: the column {name} is of type {column.type}; an attribute holds strings, integers, "
+            "floats, booleans or lists of strings: cast the column or leave it out"
         )
     try:
         return column.cast(target)
     except pa.ArrowException as error:
-        raise LeanRecError(f"{source}: the column {name} cannot be read as {target} ({error})") from error
+        raise LeanRecError(
+            f"{source}: the column {name} cannot be read as {target} ({error}); cast it or leave it out"
+        ) from error
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -15,11 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from models.catalog import Catalog, make_catalog
+from models.catalog import Catalog
 from models.errors import LeanRecError, UsageError
+from models.item_files import read_items
+from models.recbole_files import recbole_items, tab_separated
 
 BUILT_IN = "ml-100k"
 SECONDS_A_DAY = 86_400
+MILLISECONDS = 1e11
+"""A number as large as this is none of seconds, which would be the year 5138: in milliseconds it is 1973."""
 ML100K_SHIPPED_IN = "recbole==1.2.1"
 
 
@@ -92,11 +96,7 @@ class FolderSource:
         return all((self.folder / f"{split}.parquet").is_file() for split in ("train", "valid", "test"))
 
     def items(self) -> Catalog:
-        tables = list(_batches(self.items_path, {"item_id": pa.string(), "title": pa.string()}))
-        ids = [i for t in tables for i in t["item_id"].to_pylist()]
-        return make_catalog(
-            ids, [t for b in tables for t in b["title"].to_pylist()], None, str(self.items_path)
-        )
+        return read_items(self.items_path)
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
         for extension in ("parquet", "csv"):
@@ -158,7 +158,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class RecBoleSource:
-    """RecBole's atomic files: tab-separated, column names typed as in `user_id:token`."""
+    """A folder of RecBole's atomic files."""
 
     name: str
     inter: Path
@@ -167,43 +167,16 @@ class RecBoleSource:
     has_splits = False
 
     def items(self) -> Catalog:
-        table = pa.Table.from_batches(list(_tab_separated(self.item)))
-        title = next((c for c in table.column_names if c == "title" or c.endswith("_title")), None)
-        if title is None or "item_id" not in table.column_names:
-            raise LeanRecError(
-                f"{self.item}: lacks item_id or a title column; found {', '.join(table.column_names)}"
-            )
-        titles = table[title].to_pylist()
-        if "release_year" in table.column_names:
-            # Several films share a name; the year tells them apart, as in MovieLens' own titles.
-            years = table["release_year"].to_pylist()
-            titles = [
-                f"{t} ({y})" if t and y and y.isdigit() else t for t, y in zip(titles, years, strict=True)
-            ]
-        return make_catalog(table["item_id"].to_pylist(), titles, None, str(self.item))
+        return recbole_items(self.item)
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-        tables = (_checked(pa.Table.from_batches([b]), self.inter) for b in _tab_separated(self.inter))
+        tables = (_checked(pa.Table.from_batches([b]), self.inter) for b in tab_separated(self.inter))
         return _collect(self.inter, tables, catalog)
 
     def examples(
         self, split: str, catalog: Catalog
     ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
         raise LeanRecError(f"{self.inter}: RecBole files hold no ready splits")
-
-
-def _tab_separated(path: Path) -> Iterator[pa.RecordBatch]:
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            columns = [name.partition(":")[0] for name in file.readline().rstrip("\r\n").split("\t")]
-        yield from pcsv.open_csv(
-            path,
-            read_options=pcsv.ReadOptions(column_names=columns, skip_rows=1),
-            parse_options=pcsv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pcsv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string())),
-        )
-    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
-        raise LeanRecError(f"{path}: not readable as a RecBole file ({error})") from error
 
 
 def _checked(table: pa.Table, path: Path) -> pa.Table:
@@ -251,7 +224,7 @@ def _batches(
 
 
 def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
-    """Return timestamps as whole seconds; numbers are taken as seconds."""
+    """Return timestamps as whole seconds; numbers are seconds, large ones milliseconds."""
     try:
         if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
             column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
@@ -263,7 +236,7 @@ def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
     numbers = values.to_numpy(zero_copy_only=False)
     if not np.isfinite(numbers).all():
         raise LeanRecError(f"{path}: has rows without a timestamp")
-    return numbers.astype(np.int64)
+    return np.where(np.abs(numbers) < MILLISECONDS, numbers, numbers / 1000).astype(np.int64)
 
 
 def _item_rows(ids: pa.Array, catalog: Catalog, path: Path) -> np.ndarray:

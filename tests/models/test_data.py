@@ -44,15 +44,52 @@ def test_leave_one_out_from_a_folder(tmp_path: Path, extension: str) -> None:
     assert data.catalog.popularity.tolist() == [2, 2, 0, 0]
 
 
+MANY = 200_000
+"""rows of more than the megabyte from which a CSV column's type is guessed"""
+
+
 def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
-    many = 200_000  # more than the megabyte from which a type is guessed
-    prices = ["12"] * many + ["12.99"]
-    ids = [f"i{n}" for n in range(many + 1)]
     source = write(tmp_path, "csv")
-    lines = [f"{i},Title {i},{price}" for i, price in zip(ids, prices, strict=True)]
+    rows = [f"w,a,{n},12" for n in range(MANY)] + ["w,b,1000000,none"]
+    (tmp_path / "interactions.csv").write_text("\n".join(["user_id,item_id,timestamp,price", *rows]) + "\n")
+    assert len(load_data(source).train.items) == MANY + 1 - 2
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv"])
+def test_further_columns_of_items_are_attributes(tmp_path: Path, extension: str) -> None:
+    further = {"genre": ["x", None, "NA", "y"], "year": [1990, 2000, None, 2010], "popularity": [9, 9, 9, 9]}
+    catalog = load_data(write(tmp_path, extension, {**ITEMS, **further})).catalog
+    assert {name: column.to_pylist() for name, column in catalog.attributes.items()} == {
+        "genre": ["x", None, "NA", "y"],
+        "year": [1990, 2000, None, 2010],
+    }
+    assert catalog.popularity.tolist() == [2, 2, 0, 0]  # as the interactions have it
+
+
+def test_columns_that_cannot_be_attributes_are_left_out(tmp_path: Path) -> None:
+    odd = {"released": np.array([1, 2, 3, 4], "datetime64[D]"), "image": [b"1", b"2", b"3", b"4"]}
+    tags = pa.array([["p"], ["q", "r"], None, []], pa.list_(pa.string()))
+    catalog = load_data(write(tmp_path, "parquet", {**ITEMS, **odd, "tags": tags})).catalog
+    assert {name: column.to_pylist() for name, column in catalog.attributes.items()} == {
+        "tags": [["p"], ["q", "r"], None, []]
+    }
+
+
+def test_a_column_of_csv_is_typed_by_all_of_its_rows(tmp_path: Path) -> None:
+    source = write(tmp_path, "csv")
+    lines = [f"i{n},Title {n},12" for n in range(MANY)] + ["last,Last,12.99"]
     lines += [f"{i},{title},1" for i, title in zip(ITEMS["item_id"], ITEMS["title"], strict=True)]
     (tmp_path / "items.csv").write_text("\n".join(["item_id,title,price", *lines]) + "\n")
-    assert len(load_data(source).catalog) == many + 1 + 4
+    catalog = load_data(source).catalog
+    assert catalog.attributes["price"].to_pylist()[MANY - 1 : MANY + 1] == [12.0, 12.99]
+
+
+def test_a_title_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    source = write(tmp_path, "parquet")
+    odd = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe"))
+    pq.write_table(pa.table({"item_id": ["a"], "title": odd}), tmp_path / "items.parquet")
+    with pytest.raises(LeanRecError, match="not readable"):
+        load_data(source)
 
 
 @pytest.mark.parametrize("extension", ["parquet", "csv"])
@@ -121,15 +158,30 @@ def test_dates_are_read_like_seconds(tmp_path: Path) -> None:
     np.testing.assert_array_equal(dates.train.items, seconds.train.items)
 
 
+def test_milliseconds_are_read_like_seconds(tmp_path: Path) -> None:
+    start = 1_700_000_000  # a day ends 6,400 s later
+    times = [start + time for time in INTERACTIONS["timestamp"]]
+    for factor in (1, 1000):
+        interactions = {**INTERACTIONS, "timestamp": [factor * time for time in times]}
+        data = load_data(write(tmp_path / str(factor), "parquet", interactions=interactions))
+        assert (data.test.later_day.tolist(), data.valid.later_day.tolist()) == ([True], [False])
+
+
 def test_recbole_files(tmp_path: Path) -> None:
     (tmp_path / "x.item").write_text(
-        "\ufeffitem_id:token\tmovie_title:token_seq\trelease_year:token\n1\tHeat\t1995\n2\tHeat\t1972\n3\tunknown\t\n"
+        "\ufeffitem_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\trated:float\tpixels:float_seq\n"
+        "1\tHeat\t1995\tCrime Drama\t8.3\t1 2\n2\tHeat\t1972\t\t\t\n3\tunknown\t\tDrama\t1\t3\n"
     )
     (tmp_path / "x.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t3\t30\n7\t1\t3\t10\n7\t3\t3\t20\n"
     )
     data = load_data(str(tmp_path))
     assert data.catalog.titles == ("Heat (1995)", "Heat (1972)", "unknown")
+    assert {name: column.to_pylist() for name, column in data.catalog.attributes.items()} == {
+        "release_year": ["1995", "1972", None],
+        "class": [["Crime", "Drama"], None, ["Drama"]],
+        "rated": [8.3, None, 1.0],
+    }
     assert data.test.histories[0].tolist() == [0, 2]
     assert data.test.targets.tolist() == [1]
 
