@@ -18,7 +18,7 @@ class Yardstick:
     def __init__(self, recommender: Recommender, examples: Examples) -> None:
         self.recommender, self.examples = recommender, examples
         self._prompts: Sequence[Sequence[int]] = [
-            recommender.prompter.encode(examples.histories[index].tolist()) for index in range(len(examples))
+            recommender.prompt_of(examples.histories[index].tolist()) for index in range(len(examples))
         ]
 
     def nll(self, model: PreTrainedModel) -> float:

@@ -191,7 +191,7 @@ def _as_served(recommender: Recommender, users: Examples, kept: Path) -> dict[st
         kept: a file of the rankings so far.
     """
     engine = ServedEngine(recommender.directory, users.targets.tolist(), kept)
-    found = evaluate(engine, recommender.prompter, users, batch_size=len(users))
+    found = evaluate(engine, recommender, users, batch_size=len(users))
     return {
         "metrics": {**found.to_json(), "nll": -float(np.mean(engine.target_scores))},
         "lists": found.lists,
@@ -203,7 +203,7 @@ def _in_transformers(recommender: Recommender, users: Examples, device: str) -> 
     model = load_model(recommender, torch.float32, device)
     with fast_products(device):
         engine = TransformersEngine(model, recommender.trie)
-        found = evaluate(engine, recommender.prompter, users, batch_size=EVALUATED)
+        found = evaluate(engine, recommender, users, batch_size=EVALUATED)
     nll = Yardstick(recommender, users).nll(model)
     return {"metrics": {**found.to_json(), "nll": nll}, "lists": found.lists}
 
@@ -237,7 +237,7 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
         print(f"{step} in vLLM", file=sys.stderr, flush=True)
         histories = run.data.test.histories
         chosen = torch.linspace(0, len(histories) - 1, min(PROMPTS, len(histories))).long().tolist()
-        encode = run.teacher.prompter.encode
+        encode = run.teacher.prompt_of
         prompts = [encode(histories[index].tolist()) for index in chosen]
         # Small data has fewer users; shorter histories of the same ones are prompts as well.
         while len(prompts) < PROMPTS:

@@ -3,7 +3,7 @@
 import copy
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +52,14 @@ class Recommender:
             return self._build_trie()
         key = index_key(self.directory, self.catalog.version, self.prompt)
         return open_index(self.directory / INDEX, key, self._build_trie)
+
+    def prompt_of(self, history: Sequence[int]) -> list[int]:
+        """Return the prompt for a history of catalogue rows, oldest first, as it is served: with any title
+        after it, it has room in the model's positions."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not positions:
+            return self.prompter.encode(history)
+        return self.prompter.encode_within(history, max(1, positions - int(self.trie.depth.max())))
 
     def _build_trie(self) -> Trie:
         titles = self.prompter.encode_titles(self.catalog.titles)

@@ -7,10 +7,10 @@ import numpy as np
 from tqdm import tqdm
 
 from models.baselines import rank_by_bigram, rank_by_popularity
+from models.checkpoint import Recommender
 from models.data import Dataset, Examples
 from models.engine import Engine
 from models.metrics import bootstrap_interval, per_user_metrics, target_ranks
-from models.prompt import Prompter
 from models.search import SearchRequest
 
 K = 10
@@ -47,7 +47,7 @@ class Evaluation:
 
 def evaluate(
     engine: Engine,
-    prompter: Prompter,
+    recommender: Recommender,
     examples: Examples,
     *,
     batch_size: int = 64,
@@ -63,7 +63,7 @@ def evaluate(
     bar = tqdm(total=len(examples), desc=progress, unit="user", disable=progress is None)
     for start in range(0, len(examples), batch_size):
         stop = min(start + batch_size, len(examples))
-        prompts = [prompter.encode(examples.histories[i].tolist()) for i in range(start, stop)]
+        prompts = [recommender.prompt_of(examples.histories[i].tolist()) for i in range(start, stop)]
         for result in engine.recommend([SearchRequest(prompt=prompt, k=K) for prompt in prompts]):
             ranked.append(result.rows)
             exact += result.exact

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
         engine = TransformersEngine(load_model(recommender), recommender.trie)
     examples = data.test if options.split == "test" else data.valid
-    found = evaluate(engine, recommender.prompter, examples, progress=f"{options.split} users")
+    found = evaluate(engine, recommender, examples, progress=f"{options.split} users")
     engine.close()
     rows = {"model": found, **evaluate_baselines(data, examples)}
     result = {"data": data.name, "split": options.split, "engine": options.engine}

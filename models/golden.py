@@ -64,7 +64,7 @@ def golden_prompt(recommender: Recommender) -> tuple[list[str], list[int], str]:
     rows = np.argsort(recommender.trie.item_order, kind="stable")
     length = max(1, min(HISTORY, recommender.prompt.max_history, len(rows) - 1))
     history = rows[:length][::-1].tolist()
-    prompt = recommender.prompter.encode(history)
+    prompt = recommender.prompt_of(history)
     digest = hashlib.sha256(np.array(prompt, np.int64).tobytes()).hexdigest()
     return [recommender.catalog.item_ids[row] for row in history], prompt, digest
 

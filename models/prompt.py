@@ -156,6 +156,14 @@ class Prompter:
             raise LeanRecError("prompt.template: renders to an empty prompt")
         return tokens
 
+    def encode_within(self, history: Sequence[int], longest: int) -> list[int]:
+        """Return the prompt of as many of a history's newest titles as fit `longest` tokens, dropped in whole
+        chunks; where not even one does, the end of its prompt."""
+        kept = self.kept(history)
+        while len(prompt := self.encode(kept)) > longest and len(kept) > 1:
+            kept = kept[min(self.config.truncation_chunk, len(kept) - 1) :]
+        return prompt[-longest:]
+
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 

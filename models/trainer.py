@@ -36,7 +36,7 @@ class RecommenderTrainer(Trainer):
         self.chosen_by = chosen_by
         self.users = users
         histories = self.users.histories
-        self.prompts = [recommender.prompter.encode(histories[i].tolist()) for i in range(len(histories))]
+        self.prompts = [recommender.prompt_of(histories[i].tolist()) for i in range(len(histories))]
         self.valid_tokens = ValidTokens(recommender.trie, self.args.device)
         self.model_accepts_loss_kwargs = False
         self.row_tokens = arguments["train_dataset"].row_tokens

@@ -12,8 +12,8 @@ from models.errors import LeanRecError, run_command
 from serve.apart import NICE, Apart
 from serve.schemas import CatalogRow
 
-LARGE = 2**20
-"""Bytes of JSON that take the interpreter some hundredths of a second, in one go."""
+LARGE = 2**18
+"""Bytes of JSON that take the interpreter a hundredth of a second, in one go"""
 
 
 def parquet_of(body: bytes, apart: Apart) -> bytes:

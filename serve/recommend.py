@@ -68,7 +68,7 @@ def prepare(request: RecommendRequest, shelf: Shelf, longest_prompt: int) -> Pre
     search = None
     if history:
         search = SearchRequest(
-            prompt=_prompt(history, shelf, longest_prompt),
+            prompt=shelf.prompter.encode_within(history, longest_prompt),
             k=request.k,
             excluded=frozenset(excluded),
             subset=subset,
@@ -90,15 +90,6 @@ def _of_same_titles(rows: list[int], shelf: Shelf) -> Iterable[int]:
     """Return all items of the titles that these have: who names a title means each of them."""
     for leaf in shelf.trie.leaf_of_item[rows].tolist():
         yield from shelf.trie.items_of_leaf(leaf).tolist()
-
-
-def _prompt(history: list[int], shelf: Shelf, longest: int) -> list[int]:
-    kept = list(shelf.prompter.kept(history))
-    while True:
-        prompt = shelf.prompter.encode(kept)
-        if len(prompt) <= longest or len(kept) == 1:
-            return prompt[-longest:]
-        kept = kept[min(shelf.prompter.config.truncation_chunk, len(kept) - 1) :]
 
 
 def cold_start(prepared: Prepared, shelf: Shelf) -> SearchResult:

@@ -16,7 +16,7 @@ def evaluated(directory, data):
     """Return the lists that the serving engine gives without a service around it."""
     recommender = read_recommender(directory)
     engine = ServedEngine(directory, data.test.targets.tolist(), directory.with_suffix(".jsonl"))
-    return evaluate(engine, recommender.prompter, data.test, batch_size=60).lists
+    return evaluate(engine, recommender, data.test, batch_size=60).lists
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_evaluation_counts_users_and_the_bigram_learns_the_ring(tmp_path: Path) 
     data = make_tiny_recommender(tmp_path / "full", "llama", num_layers=1)
     recommender = read_recommender(tmp_path / "full")
     engine = TransformersEngine(load_model(recommender), recommender.trie)
-    found = evaluate(engine, recommender.prompter, data.test)
+    found = evaluate(engine, recommender, data.test)
     baselines = evaluate_baselines(data, data.test)
     assert found.users == len(data.test) == 60
     assert found.exact_share > 0.5

@@ -40,3 +40,31 @@ def test_other_items_than_the_models_are_refused(tmp_path: Path) -> None:
     other = write_tiny_data(tmp_path / "other", items=50)
     with pytest.raises(UsageError, match="its items differ from the catalogue"):
         main(["--model", str(tmp_path / "full"), "--data", str(other), "--engine", "transformers"])
+
+
+def _with_positions(directory: Path, positions: int) -> Path:
+    make_tiny_recommender(directory, num_layers=1)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    return directory
+
+
+def test_a_prompt_has_room_in_the_positions_with_any_title_after_it(tmp_path: Path) -> None:
+    recommender = read_recommender(_with_positions(tmp_path / "full", 20))
+    deepest = int(recommender.trie.depth.max())
+    encode, history = recommender.prompter.encode, list(range(8))
+    prompt = recommender.prompt_of(history)
+    assert len(encode(history)) > 20 - deepest >= len(prompt)
+    assert prompt in [encode(history[-titles:]) for titles in range(1, 8)]
+    assert recommender.prompt_of(history[:1]) == encode(history[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_longer_histories_are_ranked_as_they_are_served(tmp_path: Path) -> None:
+    full, result = _with_positions(tmp_path / "full", 20), tmp_path / "quality.json"
+    found = []
+    for engine in ("transformers", "vllm"):
+        assert main(["--model", str(full), "--engine", engine, "--json", str(result)]) == 0
+        found.append(json.loads(result.read_text())["model"]["ndcg@10"])
+    assert found[0] == pytest.approx(found[1], abs=0.01)

@@ -58,7 +58,7 @@ def test_a_new_model_learns_the_data(tmp_path: Path) -> None:
     out = finetune(config(tmp_path))
     recommender, data = read_recommender(out), load_data(str(tmp_path / "data"))
     engine = TransformersEngine(load_model(recommender), recommender.trie)
-    found = evaluate(engine, recommender.prompter, data.test)
+    found = evaluate(engine, recommender, data.test)
     # each item is followed by one of the next three on a ring of 80: popularity cannot see that
     assert found.metrics["hr@10"] > 0.6
     assert found.metrics["hr@10"] > 2 * evaluate_baselines(data, data.test)["popularity"].metrics["hr@10"]
