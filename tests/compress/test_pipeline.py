@@ -18,12 +18,12 @@ import yaml
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from compress import work
+from compress import verify, work
 from compress.inputs import model_sha256
 from compress.job import Job
 from compress.measure import Yardstick
 from compress.pipeline import prepare
-from compress.result import _write_candidate, result_of
+from compress.result import _write_candidate, finish, result_of
 from compress.stages import run_stages, step_names
 from compress.verify import read_weights
 from models.checkpoint import load_model, read_recommender
@@ -163,6 +163,22 @@ def test_a_model_stored_in_bf16_proves_itself_in_fp32(staged, tmp_path):
     assert written.config.dtype == torch.bfloat16
     kept = (tmp_path / "result" / GOLDEN).read_text(encoding="utf-8")
     assert kept == compute_golden(written).as_json()
+
+
+@pytest.mark.slow
+def test_a_result_that_does_not_verify_gets_no_name(staged, tmp_path, monkeypatch):
+    run, directory = staged
+    out, kept = tmp_path / "pruned", shutil.copytree(directory, tmp_path / "pruned.work")
+    tokens = [5] * verify.NEW_TOKENS
+
+    def wrong(_directory, prompts):
+        return [tokens for _ in prompts], [[-1.0] * len(tokens) for _ in prompts]
+
+    monkeypatch.setattr(verify, "_greedy_in_vllm", wrong)
+    with pytest.raises(LeanRecError, match="vLLM and transformers choose other greedy tokens"):
+        finish(run, kept, out)
+    assert not out.exists()
+    assert (kept / "result" / "model.safetensors").is_file(), "what was made can be looked at"
 
 
 def test_weights_are_the_files_that_the_checkpoint_names(full, tmp_path):
