@@ -1,11 +1,13 @@
 """What no proper client sends: slow and endless heads and bodies, broken HTTP, odd paths and headers."""
 
+import contextlib
 import json
 import socket
 import time
 from collections.abc import Iterator
 
 import httpx
+import psutil
 import pytest
 
 from serve import limits, protocol
@@ -214,6 +216,27 @@ def test_requests_one_after_another_on_one_connection(raw: socket.socket) -> Non
         received += raw.recv(2**16)
     places = [received.index(b"x-request-id: %d\r\n" % n) for n in range(50)]
     assert places == sorted(places)
+
+
+def test_who_does_not_read_is_left(client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "WRITE_S", 0.2)
+    port, asked, received = client.base_url.port or 0, 2000, bytearray()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(60)
+        connection.connect(("127.0.0.1", port))
+        ends = ("127.0.0.1", port), connection.getsockname()
+
+        def held() -> bool:
+            return ends in [(each.laddr, each.raddr) for each in psutil.Process().net_connections("tcp4")]
+
+        wait_until(held)
+        connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * asked)
+        wait_until(lambda: not held())
+        with contextlib.suppress(ConnectionResetError):
+            while chunk := connection.recv(2**16):
+                received += chunk
+    assert 0 < received.count(b"HTTP/1.1 200") < asked
 
 
 def test_many_idle_connections_keep_nobody_out(client: httpx.Client) -> None:
