@@ -203,7 +203,7 @@ def _in_transformers(recommender: Recommender, users: Examples, device: str) -> 
     model = load_model(recommender, torch.float32, device)
     with fast_products(device):
         engine = TransformersEngine(model, recommender.trie)
-        found = evaluate(engine, recommender, users, batch_size=EVALUATED)
+        found = evaluate(engine, recommender, users, batch_size=EVALUATED, progress="rank")
     nll = Yardstick(recommender, users).nll(model)
     return {"metrics": {**found.to_json(), "nll": nll}, "lists": found.lists}
 

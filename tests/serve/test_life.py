@@ -1,6 +1,8 @@
 """Readiness, batching, overload and failures of the engine."""
 
+import asyncio
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +19,7 @@ from models.search import SearchRequest, SearchResult
 from models.transformers_engine import TransformersEngine
 from serve.app import create_app
 from serve.batching import BatchLimits
+from serve.server import DrainingServer
 from serve.service import Loaded, Service
 from serve.warmup import GoldenSource, warm_up
 from tests.serve.http import client_of, running, wait_until
@@ -194,3 +197,17 @@ def test_a_failure_to_load_is_kept_for_the_exit_code() -> None:
         assert str(service.failure) == "nothing there"
         assert httpx.get(f"{url}/health/ready", trust_env=False).status_code == 503
         assert httpx.get(f"{url}/model", trust_env=False).status_code == 503
+
+
+def test_the_first_signal_drains_and_the_second_waits_for_nothing(loaded: Loaded) -> None:
+    service = Service(lambda: loaded)
+    server = DrainingServer(service, create_app(service))
+
+    async def signals() -> None:
+        service.state = "ready"
+        server.handle_exit(signal.SIGTERM, None)
+        assert (service.state, server.should_exit, server.force_exit) == ("draining", False, False)
+        server.handle_exit(signal.SIGTERM, None)
+        assert (server.should_exit, server.force_exit) == (True, True)
+
+    asyncio.run(signals())
