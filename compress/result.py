@@ -24,6 +24,7 @@ from compress.stages import step_names
 from compress.verify import (
     FP32,
     INT8,
+    NEW_TOKENS,
     PROMPTS,
     Parity,
     Tolerance,
@@ -237,12 +238,13 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
         print(f"{step} in vLLM", file=sys.stderr, flush=True)
         histories = run.data.test.histories
         chosen = torch.linspace(0, len(histories) - 1, min(PROMPTS, len(histories))).long().tolist()
-        encode = run.teacher.prompt_of
-        prompts = [encode(histories[index].tolist()) for index in chosen]
+        kept = [histories[index].tolist() for index in chosen]
         # Small data has fewer users; shorter histories of the same ones are prompts as well.
-        while len(prompts) < PROMPTS:
-            history = histories[len(prompts) % len(histories)].tolist()
-            prompts.append(encode(history[: 1 + len(prompts) % max(len(history), 1)]))
+        while len(kept) < PROMPTS:
+            history = kept[len(kept) % len(histories)]
+            kept.append(history[: 1 + len(kept) % max(len(history), 1)])
+        encode, longest = run.teacher.prompter.encode_within, run.teacher.positions - NEW_TOKENS
+        prompts = [encode(history, longest) for history in kept]
         parity = check_engines_agree(candidate, prompts, tolerance)
         facts = save_step(work, step, vars(parity).copy())
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})

@@ -21,6 +21,8 @@ COLUMNS = ("item_id", "title", "popularity")
 """Every other column of `catalog.parquet` is an attribute."""
 MAX_ITEMS = 10_000_000
 """Rows of a file; what a damaged one claims to hold is not made room for"""
+MAX_ATTRIBUTE_BYTES = 2**30
+"""Of one column: Arrow's strings of one array end at 2 GiB"""
 _NOT_NORMAL = r"[^!-~ ]|^ | $|  "
 """Finds every title that `normal_title` may change, and some that it does not."""
 
@@ -185,6 +187,13 @@ def attribute_type(kind: pa.DataType) -> pa.DataType | None:
 
 def _attribute(name: str, column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     """Return an attribute's column in the one type of its kind."""
+    if name in COLUMNS:
+        raise LeanRecError(f"{source}: {name} cannot be the name of an attribute")
+    if column.nbytes > MAX_ATTRIBUTE_BYTES:
+        raise LeanRecError(
+            f"{source}: the column {name} takes {column.nbytes / 2**20:,.0f} MiB in memory; an attribute to "
+            f"filter by takes at most {MAX_ATTRIBUTE_BYTES / 2**20:,.0f}: leave it out"
+        )
     target = attribute_type(column.type)
     if target is None:
         raise LeanRecError(

@@ -3,6 +3,7 @@
 import copy
 import json
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -53,13 +54,26 @@ class Recommender:
         key = index_key(self.directory, self.catalog.version, self.prompt)
         return open_index(self.directory / INDEX, key, self._build_trie)
 
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and title there can be, within the model's positions."""
+        lengths = self.prompter.title_tokens.lengths.tolist()
+        row = lengths.index(max(lengths))
+        needed = len(self.prompter.encode([row] * self.prompt.max_history)) + lengths[row]
+        return min(self.positions, -(-needed // 64) * 64)
+
+    @property
+    def positions(self) -> int:
+        """Tokens the model can read."""
+        return int(getattr(self.config, "max_position_embeddings", None) or sys.maxsize)
+
+    @cached_property
+    def _longest_prompt(self) -> int:
+        return max(1, self.longest - int(self.trie.depth.max()))
+
     def prompt_of(self, history: Sequence[int]) -> list[int]:
-        """Return the prompt for a history of catalogue rows, oldest first, as it is served: with any title
-        after it, it has room in the model's positions."""
-        positions = getattr(self.config, "max_position_embeddings", None)
-        if not positions:
-            return self.prompter.encode(history)
-        return self.prompter.encode_within(history, max(1, positions - int(self.trie.depth.max())))
+        """Return the prompt for a history of catalogue rows, oldest first, as it is served by default."""
+        return self.prompter.encode_within(history, self._longest_prompt)
 
     def _build_trie(self) -> Trie:
         titles = self.prompter.encode_titles(self.catalog.titles)

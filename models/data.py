@@ -7,7 +7,7 @@ import numpy as np
 
 from models.catalog import Catalog
 from models.errors import LeanRecError
-from models.sources import SECONDS_A_DAY, Source, find_source
+from models.sources import DAY_MS, Source, find_source
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def load_data(spec: str) -> Dataset:
 def _leave_one_out(source: Source, catalog: Catalog) -> Dataset:
     """Per user: the last item is test, the one before valid, the rest train. Shorter users only train."""
     user_ids, users, items, times = source.interactions(catalog)
-    # Interactions of one second keep the order of the file.
+    # Interactions of one moment keep the order of the file.
     order = np.lexsort((times, users))
-    users, items, days = users[order], items[order], times[order] // SECONDS_A_DAY
+    users, items, days = users[order], items[order], times[order] // DAY_MS
     offsets = np.zeros(len(user_ids) + 1, np.int64)
     np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
     lengths = np.diff(offsets)

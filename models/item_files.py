@@ -33,18 +33,20 @@ def read_items(path: Path) -> Catalog:
         table = table.select(wanted)
         table.validate(full=True)  # texts that are not UTF-8 would only be found when they are shown
         ids, titles = (table[name].cast(kind) for name, kind in STRINGS.items())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise LeanRecError(f"{path}: not readable ({str(error).splitlines()[0]})") from error
     attributes = {name: table[name] for name in wanted if name not in STRINGS}
     return make_catalog(ids.to_pylist(), titles, None, str(path), attributes)
 
 
 def _wanted(schema: pa.Schema, path: Path) -> list[str]:
-    """Return the names of the columns that are kept."""
+    """Return the names of the columns that are kept; what has no name of its own is an index or nothing."""
     names = schema.names
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise LeanRecError(f"{path}: has the column {', '.join(sorted(twice))} more than once")
     if missing := set(STRINGS) - set(names):
         raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}")
-    attributes = [field.name for field in schema if attribute_type(field.type) is not None]
-    return [*STRINGS, *(name for name in attributes if name not in COLUMNS)]
+    named = [field for field in schema if field.name and not field.name.startswith("__index_level_")]
+    attributes = [field.name for field in named if attribute_type(field.type) is not None]
+    wanted = [*STRINGS, *(name for name in attributes if name not in COLUMNS)]
+    if twice := {name for name in wanted if names.count(name) > 1}:
+        raise LeanRecError(f"{path}: has the column {', '.join(sorted(twice))} more than once")
+    return wanted

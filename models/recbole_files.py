@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
-from models.catalog import Catalog, make_catalog
+from models.catalog import COLUMNS, Catalog, make_catalog
 from models.errors import LeanRecError
 
 
@@ -15,10 +15,12 @@ def tab_separated(path: Path) -> Iterator[pa.RecordBatch]:
     """Yield a file's rows, every column as strings.
 
     Raises:
-        LeanRecError: not such a file.
+        LeanRecError: not such a file, or a column stands in it twice.
     """
     try:
-        columns = list(_header(path))
+        columns = [name for name, _ in _header(path)]
+        if twice := {name for name in columns if name and columns.count(name) > 1}:
+            raise LeanRecError(f"{path}: has the column {', '.join(sorted(twice))} more than once")
         yield from pcsv.open_csv(
             path,
             read_options=pcsv.ReadOptions(column_names=columns, skip_rows=1),
@@ -35,35 +37,40 @@ def recbole_items(path: Path) -> Catalog:
     Raises:
         LeanRecError: not such a file, no ids or titles, or content `make_catalog` refuses.
     """
-    table = pa.Table.from_batches(list(tab_separated(path)))
-    name = next((c for c in table.column_names if c == "title" or c.endswith("_title")), None)
-    if name is None or "item_id" not in table.column_names:
+    batches = list(tab_separated(path))
+    if not batches:
+        raise LeanRecError(f"{path}: holds no items")
+    table = pa.Table.from_batches(batches)
+    title = next((c for c in table.column_names if c == "title" or c.endswith("_title")), None)
+    if title is None or "item_id" not in table.column_names:
         raise LeanRecError(f"{path}: lacks item_id or a title column; found {', '.join(table.column_names)}")
-    titles = table[name].to_pylist()
+    titles = table[title].to_pylist()
     if "release_year" in table.column_names:
         # Several films share a name; the year tells them apart, as in MovieLens' own titles.
         years = table["release_year"].to_pylist()
         titles = [f"{t} ({y})" if t and y and y.isdigit() else t for t, y in zip(titles, years, strict=True)]
     attributes = {}
-    for column, kind in _header(path).items():
-        if column in ("item_id", name):
-            continue
-        values = table[column]
-        given = pc.if_else(pc.equal(values, ""), None, values)
-        if kind == "token":
-            attributes[column] = given
-        elif kind == "token_seq":
-            attributes[column] = pc.split_pattern(given, " ")
-        elif kind == "float":
-            try:
-                attributes[column] = given.cast(pa.float64())
-            except pa.ArrowInvalid as error:
-                raise LeanRecError(f"{path}: the column {column} is no float ({error})") from error
+    for name, kind in _header(path):
+        if name and name not in (*COLUMNS, title) and kind in ("token", "token_seq", "float"):
+            attributes[name] = _attribute(table[name], kind, f"{path}: the column {name}")
     return make_catalog(table["item_id"].to_pylist(), titles, None, str(path), attributes)
 
 
-def _header(path: Path) -> dict[str, str]:
-    """Return the type of each column, by name."""
+def _attribute(values: pa.ChunkedArray, kind: str, subject: str) -> pa.ChunkedArray:
+    """Return a column in the type that the header gives it; an empty cell has no value."""
+    given = pc.if_else(pc.equal(values, ""), None, values)
+    if kind == "token_seq":
+        return pc.utf8_split_whitespace(pc.utf8_trim_whitespace(given))
+    if kind == "token":
+        return given
+    try:
+        return given.cast(pa.float64())
+    except pa.ArrowInvalid as error:
+        raise LeanRecError(f"{subject} is no float ({error}); call it a token, or leave it out") from error
+
+
+def _header(path: Path) -> list[tuple[str, str]]:
+    """Return name and type of each column."""
     with open(path, encoding="utf-8-sig") as file:
         cells = [cell.partition(":") for cell in file.readline().rstrip("\r\n").split("\t")]
-    return {name: kind for name, _, kind in cells}
+    return [(name, kind) for name, _, kind in cells]

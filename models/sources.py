@@ -21,9 +21,10 @@ from models.item_files import read_items
 from models.recbole_files import recbole_items, tab_separated
 
 BUILT_IN = "ml-100k"
-SECONDS_A_DAY = 86_400
-MILLISECONDS = 1e11
-"""A number as large as this is none of seconds, which would be the year 5138: in milliseconds it is 1973."""
+DAY_MS = 86_400_000
+LEAST_MS, MOST_MS = 1e11, 1e14
+"""Numbers from here on are no seconds, which would be the year 5138, but milliseconds, from 1973 on; and no
+milliseconds, the year 5138 again, but finer still."""
 ML100K_SHIPPED_IN = "recbole==1.2.1"
 
 
@@ -39,7 +40,7 @@ class Source(Protocol):
     def items(self) -> Catalog: ...
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-        """Return user ids, then one user index, item row and time in seconds per interaction."""
+        """Return user ids, then one user index, item row and time in milliseconds per interaction."""
         ...
 
     def examples(
@@ -130,13 +131,13 @@ class FolderSource:
             targets.append(_item_rows(batch["target_item_id"].combine_chunks(), catalog, path))
             names = batch["user_id"].to_pylist()
             users += names
-            times = _seconds(batch["timestamp"], path) if "timestamp" in batch.column_names else None
+            times = _milliseconds(batch["timestamp"], path) if "timestamp" in batch.column_names else None
             for i, user in enumerate(names):
                 if times is None or not len(histories[len(users) - len(names) + i]):
                     later.append(True)
                     continue
                 item = catalog.item_ids[int(histories[len(users) - len(names) + i][-1])]
-                later.append(int(times[i]) // SECONDS_A_DAY > last_days.get((user, item), -1))
+                later.append(int(times[i]) // DAY_MS > last_days.get((user, item), -1))
         flat_targets = np.concatenate(targets) if targets else np.zeros(0, np.int32)
         return users, histories, flat_targets, np.array(later, bool)
 
@@ -148,11 +149,11 @@ class FolderSource:
         days: dict[tuple[str, str], int] = {}
         columns = {"user_id": pa.string(), "item_id": pa.string(), "timestamp": None}
         for batch in _batches(path, columns):
-            seconds = _seconds(batch["timestamp"], path)
-            for user, item, second in zip(
-                batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), seconds.tolist(), strict=True
+            times = _milliseconds(batch["timestamp"], path).tolist()
+            for user, item, time in zip(
+                batch["user_id"].to_pylist(), batch["item_id"].to_pylist(), times, strict=True
             ):
-                days[user, item] = max(days.get((user, item), 0), second // SECONDS_A_DAY)
+                days[user, item] = max(days.get((user, item), 0), time // DAY_MS)
         return days
 
 
@@ -219,15 +220,16 @@ def _batches(
                 if kind is not None:
                     table = table.set_column(table.column_names.index(name), name, table[name].cast(kind))
             yield table
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise LeanRecError(f"{path}: not readable ({str(error).splitlines()[0]})") from error
 
 
-def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
-    """Return timestamps as whole seconds; numbers are seconds, large ones milliseconds."""
+def _milliseconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
+    """Return timestamps as whole milliseconds; numbers are seconds, large ones milliseconds."""
     try:
         if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
-            column = column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+            column = column.cast(pa.timestamp("ms"), safe=False).cast(pa.int64())
+            return column.to_numpy(zero_copy_only=False).astype(np.int64)
         values = column.cast(pa.float64())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise LeanRecError(
@@ -236,7 +238,12 @@ def _seconds(column: pa.ChunkedArray, path: Path) -> np.ndarray:
     numbers = values.to_numpy(zero_copy_only=False)
     if not np.isfinite(numbers).all():
         raise LeanRecError(f"{path}: has rows without a timestamp")
-    return np.where(np.abs(numbers) < MILLISECONDS, numbers, numbers / 1000).astype(np.int64)
+    if (np.abs(numbers) >= MOST_MS).any():
+        raise LeanRecError(
+            f"{path}: has the timestamp {numbers[np.abs(numbers) >= MOST_MS][0]:.0f}; give seconds or "
+            "milliseconds since 1970, or a date type"
+        )
+    return np.where(np.abs(numbers) < LEAST_MS, 1000 * numbers, numbers).astype(np.int64)
 
 
 def _item_rows(ids: pa.Array, catalog: Catalog, path: Path) -> np.ndarray:
@@ -265,7 +272,7 @@ def _collect(
         own = np.array([codes.setdefault(name, len(codes)) for name in names], np.int32)
         users.append(own[encoded.indices.to_numpy()] if len(names) else np.zeros(0, np.int32))
         items.append(_item_rows(table["item_id"].combine_chunks(), catalog, path))
-        times.append(_seconds(table["timestamp"], path))
+        times.append(_milliseconds(table["timestamp"], path))
     if not codes:
         raise LeanRecError(f"{path}: holds no interactions")
     return list(codes), np.concatenate(users), np.concatenate(items), np.concatenate(times)

@@ -108,7 +108,7 @@ def engine_choices(recommender: Recommender) -> dict[str, Any]:
         "runner": "pooling",
         "convert": "embed",
         "dtype": platform_dtype(),
-        "max_model_len": _needed_length(recommender),
+        "max_model_len": recommender.longest,
         "enforce_eager": on_cpu,
         "block_size": CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE,
         "kv_cache_memory_bytes": CPU_KV_CACHE_BYTES if on_cpu else GPU_KV_CACHE_BYTES,
@@ -127,16 +127,6 @@ def platform_dtype() -> str:
     if current_platform.is_cuda() and not current_platform.has_device_capability(80):
         return "float16"
     return served_dtype("cpu" if current_platform.is_cpu() else "cuda")
-
-
-def _needed_length(recommender: Recommender) -> int:
-    """Return the tokens of the longest prompt and title there can be, within the model's positions."""
-    lengths = recommender.prompter.title_tokens.lengths.tolist()
-    longest = lengths.index(max(lengths))
-    prompt = recommender.prompter.encode([longest] * recommender.prompt.max_history)
-    needed = len(prompt) + lengths[longest]
-    positions = getattr(recommender.config, "max_position_embeddings", None) or needed
-    return min(positions, -(-needed // 64) * 64)
 
 
 def checkpoint_tensors(recommender: Recommender) -> Callable[[str], torch.Tensor | None]:

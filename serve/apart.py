@@ -2,18 +2,24 @@
 every request."""
 
 import errno
+import logging
 import os
+import signal
 import subprocess
 import sys
 from os import EX_IOERR
 from threading import Lock
 
 from models.errors import LeanRecError
-from serve.problems import unavailable
+from serve.problems import ServiceProblem, unavailable
 
 NICE = 5
 """How far such processes stand back; each takes it on itself"""
 RETRY_S = 5
+EXIT_CODES = (1, 2)
+"""of errors that are told; a traceback's is 1 too, without the word for them"""
+
+logger = logging.getLogger(__name__)
 
 
 class Apart:
@@ -31,9 +37,10 @@ class Apart:
             sent: What it reads from stdin.
 
         Raises:
-            LeanRecError: what it says as its last line, where it fails.
-            OSError: the same, where it ends with EX_IOERR; or it cannot be started.
-            ServiceProblem: 503, the service ends.
+            LeanRecError: the error that it tells (see `run_command`).
+            OSError: it cannot be started, or ends with EX_IOERR: then with its last line.
+            ServiceProblem: 503, the service ends; 507, the process was killed.
+            RuntimeError: it fails in another way; what it said is logged.
         """
         with self._lock:
             if self._ended:
@@ -47,18 +54,27 @@ class Apart:
             )
             self._running.add(process)
         try:
-            written, errors = process.communicate(sent)
+            written, said = process.communicate(sent)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         finally:
             self._running.discard(process)
         if process.returncode == 0:
             return written
         if self._ended:
             raise self._ending()
-        lines = errors.decode(errors="replace").strip().splitlines()
-        last = (lines or [f"exit code {process.returncode}"])[-1]
+        errors = said.decode(errors="replace").strip()
+        _, told, error = f"\n{errors}".rpartition("\nerror: ")
+        if process.returncode in EXIT_CODES and told:
+            raise LeanRecError(error)
         if process.returncode == EX_IOERR:
-            raise OSError(errno.EIO, last)
-        raise LeanRecError(last.removeprefix("error: "))
+            raise OSError(errno.EIO, errors.rpartition("\n")[2])
+        if process.returncode == -signal.SIGKILL:
+            raise ServiceProblem(507, f"{module}, a process beside the service, was killed: out of memory?")
+        logger.error("%s ended with exit code %d: %s", module, process.returncode, errors)
+        raise RuntimeError(f"{module}: exit code {process.returncode}")
 
     def end(self) -> None:
         """Kill what runs, and let nothing start any more: nobody waits for it."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from models.catalog import COLUMNS
 from models.checkpoint import check_weights, read_description, read_safetensors_header, weight_files
 from models.engine import CPU_BLOCK_SIZE, CPU_KV_CACHE_BYTES, GPU_BLOCK_SIZE, GPU_KV_CACHE_BYTES
 from models.errors import LeanRecError, UsageError
@@ -47,7 +48,7 @@ class MemoryPlan:
     index: int
     has_index: bool
     catalog: int
-    """Beside the index"""
+    """Beside the index, with its attributes"""
     engine: int = ENGINE_BYTES
     libraries: int = LIBRARY_BYTES
     on_cpu: bool = True
@@ -123,6 +124,8 @@ def plan_memory(
     catalog_path = catalog or directory / Path(str(described["catalog"]["file"])).name
     try:
         items = pq.read_metadata(catalog_path).num_rows
+        attributes = [name for name in pq.read_schema(catalog_path).names if name not in COLUMNS]
+        attribute_bytes = pq.read_table(catalog_path, columns=attributes).nbytes if attributes else 0
     except (OSError, pa.ArrowInvalid) as error:
         raise LeanRecError(f"{catalog_path}: not a readable Parquet file ({error})") from error
 
@@ -145,7 +148,7 @@ def plan_memory(
         items=items,
         index=(directory / INDEX).stat().st_size if shapes else INDEX_ITEM_BYTES * items,
         has_index=bool(shapes),
-        catalog=ITEM_BYTES * items,
+        catalog=ITEM_BYTES * items + attribute_bytes,
         on_cpu=on_cpu,
         replicas=replicas,
     )

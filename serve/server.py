@@ -80,6 +80,7 @@ class DrainingServer(uvicorn.Server):
         if self.service.state == "draining" or self.service.is_loading:
             self.force_exit = self.service.state == "draining"
             self.should_exit = True
+            self.service.apart.end()  # the thread that waits for a catalogue would be waited for
             return
         self.service.drain()
         loop = asyncio.get_running_loop()

@@ -8,6 +8,8 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 import pytest
 
+from models import catalog
+from models.catalog import make_catalog
 from models.data import load_data
 from models.errors import LeanRecError, UsageError
 from tests.tiny import write_tiny_data
@@ -58,19 +60,19 @@ def test_columns_that_are_not_read_may_hold_anything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["parquet", "csv"])
 def test_further_columns_of_items_are_attributes(tmp_path: Path, extension: str) -> None:
     further = {"genre": ["x", None, "NA", "y"], "year": [1990, 2000, None, 2010], "popularity": [9, 9, 9, 9]}
-    catalog = load_data(write(tmp_path, extension, {**ITEMS, **further})).catalog
-    assert {name: column.to_pylist() for name, column in catalog.attributes.items()} == {
+    found = load_data(write(tmp_path, extension, {**ITEMS, **further})).catalog
+    assert {name: column.to_pylist() for name, column in found.attributes.items()} == {
         "genre": ["x", None, "NA", "y"],
         "year": [1990, 2000, None, 2010],
     }
-    assert catalog.popularity.tolist() == [2, 2, 0, 0]  # as the interactions have it
+    assert found.popularity.tolist() == [2, 2, 0, 0]  # as the interactions have it
 
 
 def test_columns_that_cannot_be_attributes_are_left_out(tmp_path: Path) -> None:
     odd = {"released": np.array([1, 2, 3, 4], "datetime64[D]"), "image": [b"1", b"2", b"3", b"4"]}
     tags = pa.array([["p"], ["q", "r"], None, []], pa.list_(pa.string()))
-    catalog = load_data(write(tmp_path, "parquet", {**ITEMS, **odd, "tags": tags})).catalog
-    assert {name: column.to_pylist() for name, column in catalog.attributes.items()} == {
+    found = load_data(write(tmp_path, "parquet", {**ITEMS, **odd, "tags": tags})).catalog
+    assert {name: column.to_pylist() for name, column in found.attributes.items()} == {
         "tags": [["p"], ["q", "r"], None, []]
     }
 
@@ -80,8 +82,8 @@ def test_a_column_of_csv_is_typed_by_all_of_its_rows(tmp_path: Path) -> None:
     lines = [f"i{n},Title {n},12" for n in range(MANY)] + ["last,Last,12.99"]
     lines += [f"{i},{title},1" for i, title in zip(ITEMS["item_id"], ITEMS["title"], strict=True)]
     (tmp_path / "items.csv").write_text("\n".join(["item_id,title,price", *lines]) + "\n")
-    catalog = load_data(source).catalog
-    assert catalog.attributes["price"].to_pylist()[MANY - 1 : MANY + 1] == [12.0, 12.99]
+    found = load_data(source).catalog
+    assert found.attributes["price"].to_pylist()[MANY - 1 : MANY + 1] == [12.0, 12.99]
 
 
 def test_a_title_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -167,10 +169,20 @@ def test_milliseconds_are_read_like_seconds(tmp_path: Path) -> None:
         assert (data.test.later_day.tolist(), data.valid.later_day.tolist()) == ([True], [False])
 
 
+def test_moments_within_a_second_have_an_order(tmp_path: Path) -> None:
+    start = 1_700_000_000_000
+    numbers = [start + moment for moment in (4, 1, 3, 2)]
+    moments = {"user_id": ["u"] * 4, "item_id": ["d", "a", "c", "b"], "timestamp": numbers}
+    times = np.array(numbers).astype("datetime64[ms]")
+    for name, given in (("number", moments), ("date", {**moments, "timestamp": times})):
+        data = load_data(write(tmp_path / name, "parquet", interactions=given))
+        assert [data.catalog.item_ids[i] for i in data.test.histories[0]] == ["a", "b", "c"]
+
+
 def test_recbole_files(tmp_path: Path) -> None:
     (tmp_path / "x.item").write_text(
         "\ufeffitem_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\trated:float\tpixels:float_seq\n"
-        "1\tHeat\t1995\tCrime Drama\t8.3\t1 2\n2\tHeat\t1972\t\t\t\n3\tunknown\t\tDrama\t1\t3\n"
+        "1\tHeat\t1995\tCrime  Drama \t8.3\t1 2\n2\tHeat\t1972\t\t\t\n3\tunknown\t\tDrama\t1\t3\n"
     )
     (tmp_path / "x.inter").write_text(
         "user_id:token\titem_id:token\trating:float\ttimestamp:float\n7\t2\t3\t30\n7\t1\t3\t10\n7\t3\t3\t20\n"
@@ -184,6 +196,64 @@ def test_recbole_files(tmp_path: Path) -> None:
     }
     assert data.test.histories[0].tolist() == [0, 2]
     assert data.test.targets.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ("item_id:token\ttitle:token_seq\n", "holds no items"),
+        ("item_id:token\ttitle:token_seq\tprice:float\n1\tA\t$3\n", "price is no float"),
+        ("item_id:token\ttitle:token_seq\ttitle:token\n1\tA\tB\n", "has the column title more than once"),
+    ],
+)
+def test_bad_recbole_files_are_named(tmp_path: Path, items: str, said: str) -> None:
+    (tmp_path / "x.item").write_text(items)
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n7\t1\t3\n")
+    with pytest.raises(LeanRecError, match=said) as error:
+        load_data(str(tmp_path))
+    assert "x.item" in str(error.value)
+
+
+def test_what_the_catalogue_itself_tells_is_no_attribute(tmp_path: Path) -> None:
+    header = "item_id:token\tmovie_title:token_seq\ttitle:token\tpopularity:float\t\t\n"
+    items = "".join(f"{n}\tFilm {n}\tx\t3.5\t\t\n" for n in range(3))
+    (tmp_path / "x.item").write_text(header + items)
+    rows = "".join(f"7\t{n}\t{n}\n" for n in range(3))
+    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\n" + rows)
+    found = load_data(str(tmp_path)).catalog
+    assert found.titles == ("Film 0", "Film 1", "Film 2")
+    assert not found.attributes
+    with pytest.raises(LeanRecError, match="popularity cannot be the name of an attribute"):
+        make_catalog(["a"], ["b"], None, "test", {"popularity": pa.chunked_array([[1]])})
+
+
+def test_an_attribute_that_fills_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(catalog, "MAX_ATTRIBUTE_BYTES", 2**20)
+    source = write(tmp_path, "parquet", {**ITEMS, "description": ["x" * 2**19] * 4})
+    with pytest.raises(LeanRecError, match=r"description takes 2 MiB in memory.*leave it out"):
+        load_data(source)
+
+
+@pytest.mark.parametrize("spoil", ["header", "page"])
+def test_damaged_items_are_named(tmp_path: Path, spoil: str) -> None:
+    source = write(tmp_path, "csv" if spoil == "header" else "parquet")
+    if spoil == "header":
+        (tmp_path / "items.csv").write_bytes(b"item_id,title,Gr\xf6\xdfe\na,A,1\n")
+    else:
+        content = bytearray((tmp_path / "items.parquet").read_bytes())
+        content[4:40] = b"\xff" * 36
+        (tmp_path / "items.parquet").write_bytes(content)
+    with pytest.raises(LeanRecError, match=r"items.*not readable"):
+        load_data(source)
+
+
+def test_an_index_is_no_attribute(tmp_path: Path) -> None:
+    source = write(tmp_path, "csv")
+    lines = [f"{n},{i},{i.upper()},," for n, i in enumerate(ITEMS["item_id"])]
+    (tmp_path / "items.csv").write_text("\n".join([",item_id,title,,", *lines]) + "\n")
+    assert not load_data(source).catalog.attributes
 
 
 def test_movielens_100k_comes_with_its_wheel() -> None:
@@ -218,6 +288,11 @@ def test_many_batches_read_as_one(tmp_path: Path) -> None:
         (ITEMS, {k: v[:2] for k, v in INTERACTIONS.items()}, "none of 2 users has 3 interactions"),
         (ITEMS, {"user_id": ["u"], "item_id": ["a"]}, "lacks the column timestamp"),
         (ITEMS, {**INTERACTIONS, "timestamp": ["soon"] * 6}, "timestamp must be seconds or a date"),
+        (
+            ITEMS,
+            {**INTERACTIONS, "timestamp": [10**15] * 6},
+            "the timestamp 1000000000000000; give seconds",
+        ),
     ],
 )
 def test_bad_data_is_named(tmp_path: Path, items: dict, interactions: dict, message: str) -> None:

@@ -10,12 +10,15 @@ import pytest
 from models.errors import LeanRecError
 from serve.apart import Apart
 from serve.problems import ServiceProblem
+from tests.serve.http import wait_until
 
 MODULES = {
     "echo": "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read() + sys.argv[1].encode())",
     "wrong": "import sys; print('warning', file=sys.stderr); sys.exit('error: no such thing')",
     "full": f"import sys; print('No space left', file=sys.stderr); sys.exit({EX_IOERR})",
-    "silent": "import os; os._exit(9)",
+    "broken": "raise ValueError('error: no')",
+    "killed": "import os; os.kill(os.getpid(), 9)",
+    "long": "import sys; sys.exit('warning\\nerror: what\\nerror in all')",
     "endless": "import time; time.sleep(600)",
 }
 
@@ -28,13 +31,19 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Apart:
     return Apart()
 
 
-def test_what_a_process_writes_and_how_it_fails(apart: Apart) -> None:
+def test_what_a_process_writes_and_how_it_fails(apart: Apart, caplog: pytest.LogCaptureFixture) -> None:
     large = b"\x00\xff" * 2**20  # more than a pipe holds
     assert apart.run("echo", "!", sent=large) == large + b"!"
     with pytest.raises(LeanRecError, match=r"^no such thing$"):
         apart.run("wrong")
-    with pytest.raises(LeanRecError, match="exit code 9"):
-        apart.run("silent", sent=large)
+    with pytest.raises(LeanRecError, match=r"^what\nerror in all$"):
+        apart.run("long")
+    with pytest.raises(RuntimeError, match="broken: exit code 1"):
+        apart.run("broken")
+    assert "ValueError: error: no" in caplog.text
+    with pytest.raises(ServiceProblem, match="was killed") as killed:
+        apart.run("killed", sent=large)
+    assert killed.value.status == 507
     with pytest.raises(OSError, match="No space left") as full:
         apart.run("full")
     assert full.value.errno == errno.EIO
@@ -51,8 +60,7 @@ def test_all_end_with_the_service(apart: Apart) -> None:
 
     thread = threading.Thread(target=run)
     thread.start()
-    while not apart._running:
-        pass
+    wait_until(lambda: bool(apart._running))
     apart.end()
     thread.join(30)
     assert not thread.is_alive()

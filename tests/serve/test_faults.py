@@ -276,8 +276,7 @@ def test_who_stops_waits_for_no_catalogue(
             await asyncio.sleep(0.01)
         catalog = marked(loaded.recommender, "Third")
         swapped = asyncio.create_task(service.swap_catalog(lambda: catalog, "put"))
-        while not service.apart._running:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_until, lambda: bool(service.apart._running))
         await service.stop()
         with pytest.raises(ServiceProblem, match="ends"):
             await asyncio.wait_for(swapped, 30)

@@ -19,6 +19,7 @@ from models.search import SearchRequest, SearchResult
 from models.transformers_engine import TransformersEngine
 from serve.app import create_app
 from serve.batching import BatchLimits
+from serve.problems import ServiceProblem
 from serve.server import DrainingServer
 from serve.service import Loaded, Service
 from serve.warmup import GoldenSource, warm_up
@@ -209,5 +210,7 @@ def test_the_first_signal_drains_and_the_second_waits_for_nothing(loaded: Loaded
         assert (service.state, server.should_exit, server.force_exit) == ("draining", False, False)
         server.handle_exit(signal.SIGTERM, None)
         assert (server.should_exit, server.force_exit) == (True, True)
+        with pytest.raises(ServiceProblem, match="ends"):
+            service.apart.run("serve.building")
 
     asyncio.run(signals())

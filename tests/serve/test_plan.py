@@ -3,11 +3,13 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from models.catalog import make_catalog, write_catalog
+from models.catalog import make_catalog, read_catalog, write_catalog
 from models.checkpoint import Recommender
 from models.errors import LeanRecError, UsageError
 from models.families import Shape
@@ -66,6 +68,9 @@ def test_another_catalogue(directory: Path, tmp_path: Path) -> None:
     plan = plan_memory(directory, [], file)
     assert plan.items == 5000
     assert plan.catalog == 5000 * ITEM_BYTES
+    column = pa.chunked_array([[f"publisher {n}" for n in range(5000)]])
+    write_catalog(file, replace(read_catalog(file), attributes={"publisher": column}))
+    assert plan_memory(directory, [], file).catalog == 5000 * ITEM_BYTES + column.nbytes
 
 
 def test_replicas_share_what_is_mapped(directory: Path) -> None:
