@@ -76,11 +76,13 @@ def compute_golden(recommender: Recommender, model: Any = None) -> Golden:
         model: The recommender's transformers model, where the caller has it loaded in fp32.
     """
     from models.checkpoint import load_model
+    from models.compiled import as_written
     from models.transformers_engine import TransformersEngine
 
     history, prompt, digest = golden_prompt(recommender)
     engine = TransformersEngine(load_model(recommender) if model is None else model, recommender.trie)
-    result = engine.recommend([SearchRequest(prompt=prompt, k=K)])[0]
+    with as_written():
+        result = engine.recommend([SearchRequest(prompt=prompt, k=K)])[0]
     item_ids = recommender.catalog.item_ids
     return Golden(history, digest, [item_ids[row] for row in result.rows], result.scores)
 

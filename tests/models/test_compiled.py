@@ -7,10 +7,12 @@ import torch
 from torch._dynamo.utils import counters
 
 from models import compiled
+from models.checkpoint import load_model, read_recommender
 from models.compiled import LONG_RUN_STEPS, LONGEST_ROW, as_written, compile_layers
+from models.golden import compute_golden
 from models.trainer import final_hidden
 from tests.models.test_per_layer import random_model
-from tests.tiny import tiny_model
+from tests.tiny import make_tiny_recommender, tiny_model
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -47,6 +49,16 @@ def test_compiled_layers_have_the_same_gradients_and_names():
     with as_written(), torch.no_grad():
         torch.testing.assert_close(other(longer).logits, plain(longer).logits, rtol=1e-3, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == graphs, "a call of another shape was compiled"
+
+
+@needs_compiler
+def test_a_golden_answer_compiles_nothing(tmp_path):
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    recommender = read_recommender(tmp_path / "full")
+    model, graphs = load_model(recommender), counters["stats"]["unique_graphs"]
+    assert compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=32, device="cpu")
+    assert compute_golden(recommender, model).items
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 @needs_compiler
