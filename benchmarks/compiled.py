@@ -60,12 +60,12 @@ def main() -> None:
         models["compiled"], steps=LONG_RUN_STEPS["cpu"], row_tokens=ROW_TOKENS, device="cpu"
     ):
         raise SystemExit("compiled: no C++ compiler here")
-    _step(models["compiled"], rows)
+    timed_step(models["compiled"], rows)
     compiling = time.monotonic() - begun
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(TURNS + 2):
         for name, model in models.items():
-            taken = _step(model, rows)
+            taken = timed_step(model, rows)
             if turn >= 2:
                 seconds[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
@@ -73,7 +73,8 @@ def main() -> None:
     print(json.dumps({"seconds_a_step": medians, "saved": saved, "compiling_seconds": compiling}))
 
 
-def _step(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> float:
+def timed_step(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> float:
+    """Return the seconds of one step."""
     begun = time.perf_counter()
     with fast_products("cpu"):
         final_hidden(model, rows).square().mean().backward()

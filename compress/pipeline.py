@@ -22,6 +22,7 @@ from models.checkpoint import Recommender, read_recommender
 from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
 from models.families import check_supported
+from models.memory import keep_freed_memory, release_freed_memory
 from models.precision import check_int8_products
 from models.sources import BUILT_IN
 from models.unfinished import check_settings, hold, work_directory
@@ -41,6 +42,7 @@ def compress(job: Job) -> Path | None:
     processes = PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # one a file it reads; ours show the work
+    keep_freed_memory()
     if device == "cpu":
         # Sums that threads share in any order would differ from run to run.
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -61,8 +63,9 @@ def compress(job: Job) -> Path | None:
         work = work_directory(out)
         stack.enter_context(explained(work))
         run_stages(run, work, processes)
-        if device == "cuda":  # vLLM starts where enough is free
-            gc.collect()
+        gc.collect()  # vLLM starts where enough is free
+        release_freed_memory()
+        if device == "cuda":
             torch.cuda.empty_cache()
         if processes.is_main_process:
             finish(run, work, out)

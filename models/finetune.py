@@ -16,6 +16,7 @@ from models.data import Dataset, load_data
 from models.errors import LeanRecError, UsageError
 from models.families import check_supported
 from models.gguf_smollm2 import smollm2_checkpoint
+from models.memory import keep_freed_memory
 from models.precision import prefers_bf16
 from models.presets import PRESETS, Preset, new_model, train_tokenizer
 from models.prompt import STREAM_TEMPLATE, PromptConfig
@@ -94,6 +95,7 @@ def finetune(config: FinetuneConfig) -> Path:
             f"piece_titles {config.piece_titles}: a piece has a title to read and one to predict"
         )
     set_seed(config.seed)
+    keep_freed_memory()
     work = work_directory(out)
     data = load_data(config.data)
     preset = PRESETS.get(config.base)
