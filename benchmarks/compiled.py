@@ -12,6 +12,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -45,16 +47,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compiled")
     parser.add_argument("--base", choices=list(SHAPES), default="base")
-    preset = SHAPES[parser.parse_args().base]
-    catalog = load_data(BUILT_IN).catalog
-    tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
-    torch.manual_seed(0)
-    rows = {
-        "input_ids": torch.randint(len(tokenizer), (ROWS, ROW_TOKENS)),
-        "position_ids": torch.arange(WINDOW_TOKENS).repeat(ROWS, ROW_TOKENS // WINDOW_TOKENS),
-    }
-    names = ("as written", "compiled")
-    models = {name: new_model(preset, tokenizer, max_positions=ROW_TOKENS) for name in names}
+    new, rows = models_and_rows(parser.parse_args().base, ROWS)
+    models = {name: new() for name in ("as written", "compiled")}
     begun = time.monotonic()
     if not compile_layers(
         models["compiled"], steps=LONG_RUN_STEPS["cpu"], row_tokens=ROW_TOKENS, device="cpu"
@@ -71,6 +65,18 @@ def main() -> None:
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     saved = 1 - medians["compiled"] / medians["as written"]
     print(json.dumps({"seconds_a_step": medians, "saved": saved, "compiling_seconds": compiling}))
+
+
+def models_and_rows(base: str, count: int) -> tuple[Callable[[], PreTrainedModel], dict[str, torch.Tensor]]:
+    """Return what makes a model of a shape, and packed rows of random tokens for it, `[rows, seq]`."""
+    catalog = load_data(BUILT_IN).catalog
+    tokenizer = train_tokenizer(catalog.titles, catalog.popularity, SHAPES[base].vocabulary)
+    torch.manual_seed(0)
+    rows = {
+        "input_ids": torch.randint(len(tokenizer), (count, ROW_TOKENS)),
+        "position_ids": torch.arange(WINDOW_TOKENS).repeat(count, ROW_TOKENS // WINDOW_TOKENS),
+    }
+    return partial(new_model, SHAPES[base], tokenizer, max_positions=ROW_TOKENS), rows
 
 
 def timed_step(model: PreTrainedModel, rows: dict[str, torch.Tensor]) -> float:

@@ -16,15 +16,10 @@ import subprocess
 import sys
 from typing import Any
 
-import torch
-
-from benchmarks.compiled import ROW_TOKENS, SHAPES, WINDOW_TOKENS, timed_step
+from benchmarks.compiled import ROW_TOKENS, SHAPES, models_and_rows, timed_step
 from models.compiled import LONG_RUN_STEPS, compile_layers
-from models.data import load_data
 from models.finetune import SMOLLM2
 from models.memory import keep_freed_memory, peak_memory_bytes
-from models.presets import new_model, train_tokenizer
-from models.sources import BUILT_IN
 
 WAYS = ("given back", "kept")
 TURNS, WARM_UP = 10, 2
@@ -71,15 +66,8 @@ def _take_turns(base: str, rows: int, *, keep: bool) -> None:
     """Do a step for each line that comes, and tell what it took."""
     if keep:
         keep_freed_memory()
-    preset = SHAPES[base]
-    catalog = load_data(BUILT_IN).catalog
-    tokenizer = train_tokenizer(catalog.titles, catalog.popularity, preset.vocabulary)
-    torch.manual_seed(0)
-    batch = {
-        "input_ids": torch.randint(len(tokenizer), (rows, ROW_TOKENS)),
-        "position_ids": torch.arange(WINDOW_TOKENS).repeat(rows, ROW_TOKENS // WINDOW_TOKENS),
-    }
-    model = new_model(preset, tokenizer, max_positions=ROW_TOKENS)
+    new, batch = models_and_rows(base, rows)
+    model = new()
     compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=ROW_TOKENS, device="cpu")
     for _ in sys.stdin:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_stime

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pyarrow.types as pt
 
 from models.atomic import new_file
+from models.columns import check_columns
 from models.errors import LeanRecError
 
 COLUMNS = ("item_id", "title", "popularity")
@@ -189,11 +190,6 @@ def _attribute(name: str, column: pa.ChunkedArray, source: str) -> pa.ChunkedArr
     """Return an attribute's column in the one type of its kind."""
     if name in COLUMNS:
         raise LeanRecError(f"{source}: {name} cannot be the name of an attribute")
-    if column.nbytes > MAX_ATTRIBUTE_BYTES:
-        raise LeanRecError(
-            f"{source}: the column {name} takes {column.nbytes / 2**20:,.0f} MiB in memory; an attribute to "
-            f"filter by takes at most {MAX_ATTRIBUTE_BYTES / 2**20:,.0f}: leave it out"
-        )
     target = attribute_type(column.type)
     if target is None:
         raise LeanRecError(
@@ -201,11 +197,17 @@ def _attribute(name: str, column: pa.ChunkedArray, source: str) -> pa.ChunkedArr
             "floats, booleans or lists of strings: cast the column or leave it out"
         )
     try:
-        return column.cast(target)
+        cast = column.cast(target)
     except pa.ArrowException as error:
         raise LeanRecError(
             f"{source}: the column {name} cannot be read as {target} ({error}); cast it or leave it out"
         ) from error
+    if cast.nbytes > MAX_ATTRIBUTE_BYTES:
+        raise LeanRecError(
+            f"{source}: the column {name} takes {cast.nbytes / 2**20:,.0f} MiB in memory; an attribute to "
+            f"filter by takes at most {MAX_ATTRIBUTE_BYTES / 2**20:,.0f}: leave it out"
+        )
+    return cast
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -247,11 +249,7 @@ def read_parquet_catalog(file: Path | IO[bytes], source: str, most_items: int) -
                 raise LeanRecError(f"{source}: {items} items; at most {most_items} are taken")
             table = parquet.read()
         table.validate(full=True)  # texts that are not UTF-8 would only be found when they are shown
-        names = table.column_names
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise LeanRecError(f"{source}: has the column {', '.join(sorted(twice))} more than once")
-        if missing := {"item_id", "title"} - set(table.column_names):
-            raise LeanRecError(f"{source}: lacks the column {', '.join(sorted(missing))}")
+        check_columns(table.column_names, ("item_id", "title"), source)
         popularity = np.zeros(len(table), np.int64)
         if "popularity" in table.column_names:
             popularity = np.asarray(table["popularity"].fill_null(0).cast(pa.int64()).to_numpy())

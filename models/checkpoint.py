@@ -57,9 +57,9 @@ class Recommender:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest prompt and title there can be, within the model's positions."""
-        lengths = self.prompter.title_tokens.lengths.tolist()
-        row = lengths.index(max(lengths))
-        needed = len(self.prompter.encode([row] * self.prompt.max_history)) + lengths[row]
+        lengths = self.prompter.title_tokens.lengths
+        row = int(lengths.argmax())
+        needed = len(self.prompter.encode([row] * self.prompt.max_history)) + int(lengths[row])
         return min(self.positions, -(-needed // 64) * 64)
 
     @property
@@ -67,13 +67,9 @@ class Recommender:
         """Tokens the model can read."""
         return int(getattr(self.config, "max_position_embeddings", None) or sys.maxsize)
 
-    @cached_property
-    def _longest_prompt(self) -> int:
-        return max(1, self.longest - int(self.trie.depth.max()))
-
     def prompt_of(self, history: Sequence[int]) -> list[int]:
         """Return the prompt for a history of catalogue rows, oldest first, as it is served by default."""
-        return self.prompter.encode_within(history, self._longest_prompt)
+        return self.prompter.encode_within(history, max(1, self.longest - self.trie.deepest))
 
     def _build_trie(self) -> Trie:
         titles = self.prompter.encode_titles(self.catalog.titles)

@@ -7,6 +7,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from models.catalog import COLUMNS, Catalog, attribute_type, make_catalog
+from models.columns import check_columns
 from models.errors import LeanRecError
 
 STRINGS = {"item_id": pa.string(), "title": pa.string()}
@@ -41,12 +42,16 @@ def read_items(path: Path) -> Catalog:
 
 def _wanted(schema: pa.Schema, path: Path) -> list[str]:
     """Return the names of the columns that are kept; what has no name of its own is an index or nothing."""
-    names = schema.names
-    if missing := set(STRINGS) - set(names):
-        raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}")
-    named = [field for field in schema if field.name and not field.name.startswith("__index_level_")]
-    attributes = [field.name for field in named if attribute_type(field.type) is not None]
-    wanted = [*STRINGS, *(name for name in attributes if name not in COLUMNS)]
-    if twice := {name for name in wanted if names.count(name) > 1}:
-        raise LeanRecError(f"{path}: has the column {', '.join(sorted(twice))} more than once")
-    return wanted
+    kept = [
+        field.name
+        for field in schema
+        if field.name in STRINGS
+        or (
+            field.name
+            and field.name not in COLUMNS
+            and not field.name.startswith("__index_level_")
+            and attribute_type(field.type) is not None
+        )
+    ]
+    check_columns(kept, STRINGS, path)
+    return kept

@@ -8,6 +8,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 
 from models.catalog import COLUMNS, Catalog, make_catalog
+from models.columns import check_columns
 from models.errors import LeanRecError
 
 
@@ -19,8 +20,7 @@ def tab_separated(path: Path) -> Iterator[pa.RecordBatch]:
     """
     try:
         columns = [name for name, _ in _header(path)]
-        if twice := {name for name in columns if name and columns.count(name) > 1}:
-            raise LeanRecError(f"{path}: has the column {', '.join(sorted(twice))} more than once")
+        check_columns([name for name in columns if name], (), path)
         yield from pcsv.open_csv(
             path,
             read_options=pcsv.ReadOptions(column_names=columns, skip_rows=1),

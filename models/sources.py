@@ -16,6 +16,7 @@ import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
 from models.catalog import Catalog
+from models.columns import check_columns
 from models.errors import LeanRecError, UsageError
 from models.item_files import read_items
 from models.recbole_files import recbole_items, tab_separated
@@ -171,20 +172,17 @@ class RecBoleSource:
         return recbole_items(self.item)
 
     def interactions(self, catalog: Catalog) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-        tables = (_checked(pa.Table.from_batches([b]), self.inter) for b in tab_separated(self.inter))
-        return _collect(self.inter, tables, catalog)
+        return _collect(self.inter, self._interactions(), catalog)
+
+    def _interactions(self) -> Iterator[pa.Table]:
+        for batch in tab_separated(self.inter):
+            check_columns(batch.schema.names, ("user_id", "item_id", "timestamp"), self.inter)
+            yield pa.Table.from_batches([batch])
 
     def examples(
         self, split: str, catalog: Catalog
     ) -> tuple[list[str], list[np.ndarray], np.ndarray, np.ndarray]:
         raise LeanRecError(f"{self.inter}: RecBole files hold no ready splits")
-
-
-def _checked(table: pa.Table, path: Path) -> pa.Table:
-    missing = {"user_id", "item_id", "timestamp"} - set(table.column_names)
-    if missing:
-        raise LeanRecError(f"{path}: lacks the column {', '.join(sorted(missing))}")
-    return table
 
 
 def _batches(
@@ -200,12 +198,8 @@ def _batches(
         else:
             file = pq.ParquetFile(path)
             names = file.schema_arrow.names
-        missing = set(columns) - set(names)
-        if missing:
-            raise LeanRecError(
-                f"{path}: lacks the column {', '.join(sorted(missing))}; found {', '.join(names)}"
-            )
-        wanted = [n for n in (*columns, *(optional or {})) if n in names]
+        wanted = [name for name in names if name in {**columns, **(optional or {})}]
+        check_columns(wanted, columns, path)
         batches: Iterable[pa.RecordBatch]
         if path.suffix == ".csv":
             # The others stay unread: a column's type is guessed from its first megabyte, and then kept to.

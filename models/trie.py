@@ -62,6 +62,11 @@ class Trie:
         return len(self.leaf_parent)
 
     @cached_property
+    def deepest(self) -> int:
+        """Most tokens a search appends to a prompt."""
+        return int(self.depth.max())
+
+    @cached_property
     def leaf_of_item(self) -> np.ndarray:
         """int32 `[items]`: the leaf of each catalogue row."""
         leaves = np.empty(len(self.leaf_items), np.int32)

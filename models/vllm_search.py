@@ -64,7 +64,7 @@ class WorkerSearch:
         self._tree = _Tree(setup.trie)
         self._head = ChildHead(setup.head_weight.to(self._forward.device), setup.trie)
         # Room for one query from the prompt to the deepest node: with that, the search always ends.
-        self._deepest = int(setup.trie.depth.max())
+        self._deepest = setup.trie.deepest
         self._least_room = 2 + self._deepest // self.pool.block_size
 
     @torch.inference_mode()

@@ -37,9 +37,9 @@ def make_shelf(recommender: Recommender, catalog: Catalog, max_length: int, apar
         prompter = Prompter(recommender.tokenizer, recommender.prompt, titles, lambda: trie.title_tokens)
         shelf = Shelf(catalog, prompter, trie)
     shelf.fill()
-    if 2 * shelf.deepest > max_length:
+    if 2 * shelf.trie.deepest > max_length:
         raise LeanRecError(
-            f"catalogue: a title takes {shelf.deepest} tokens; with --max-model-len {max_length} "
+            f"catalogue: a title takes {shelf.trie.deepest} tokens; with --max-model-len {max_length} "
             "there is no room for a history before it"
         )
     return shelf

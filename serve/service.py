@@ -250,7 +250,7 @@ class Service:
         while True:
             await self._settled.wait()
             loaded, _, shelf = self._serving()
-            longest = loaded.max_length - shelf.deepest
+            longest = loaded.max_length - shelf.trie.deepest
             if not is_heavy(request, shelf):
                 return shelf, prepare(request, shelf, longest)
             prepared = await asyncio.to_thread(prepare, request, shelf, longest)

@@ -46,7 +46,7 @@ class Shelf:
 
     def fill(self) -> None:
         """Derive now what requests will need, so that none of them waits for it."""
-        _ = self.version, self.deepest, self.popular, self.log_share
+        _ = self.version, self.trie.deepest, self.popular, self.log_share
         _ = self.catalog.row_of, self.catalog.row_of_title, self.prompter.title_tokens
         _ = self.filters, self.trie.leaf_of_item, self.probe
         pa.default_memory_pool().release_unused()  # a large table's columns on their way to other forms
@@ -60,11 +60,6 @@ class Shelf:
     def filters(self) -> Filters:
         """What requests may filter by."""
         return Filters(self.catalog)
-
-    @cached_property
-    def deepest(self) -> int:
-        """Most tokens a search appends to a prompt."""
-        return int(self.trie.depth.max())
 
     @cached_property
     def popular(self) -> np.ndarray:
@@ -81,7 +76,7 @@ class Shelf:
     def probe(self) -> SearchRequest:
         """The service's own request: what follows the most popular item, or the end of a long title, as a
         prompt as long as the deepest search finds room."""
-        return SearchRequest(prompt=self.prompter.encode(self.popular[:1].tolist())[-self.deepest :])
+        return SearchRequest(prompt=self.prompter.encode(self.popular[:1].tolist())[-self.trie.deepest :])
 
     def page(self, search: str, offset: int, limit: int) -> CatalogPage:
         """Return the items whose title holds `search`, most popular first."""

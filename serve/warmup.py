@@ -97,6 +97,6 @@ def warm_up(
         )
     logger.info("golden answer confirmed: log-probabilities differ by at most %.4f", difference)
     longest = recommender.prompter.encode(list(range(len(row_of)))[-recommender.prompt.max_history :])
-    longest = longest[-(max_length - int(recommender.trie.depth.max())) :]  # as those of clients are cut
+    longest = longest[-(max_length - recommender.trie.deepest) :]  # as those of clients are cut
     engine.recommend([SearchRequest(prompt=longest, k=min(100, len(row_of)))])
     engine.recommend([SearchRequest(prompt=longest[: -(-len(longest) // (i + 1))]) for i in range(batch)])

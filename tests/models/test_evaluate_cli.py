@@ -51,7 +51,7 @@ def _with_positions(directory: Path, positions: int) -> Path:
 
 def test_a_prompt_has_room_in_the_positions_with_any_title_after_it(tmp_path: Path) -> None:
     recommender = read_recommender(_with_positions(tmp_path / "full", 20))
-    deepest = int(recommender.trie.depth.max())
+    deepest = recommender.trie.deepest
     encode, history = recommender.prompter.encode, list(range(8))
     prompt = recommender.prompt_of(history)
     assert len(encode(history)) > 20 - deepest >= len(prompt)
