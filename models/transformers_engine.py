@@ -75,6 +75,7 @@ class TransformersEngine:
             searches = [BestFirstSearch(self.trie, requests[i], self.settings) for i in indices]
 
             def expand(pairs: list[tuple[int, int]], tree: _TreeCache = tree) -> np.ndarray:
+                tree.keep({b for b, _ in pairs})
                 return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
 
             found = run_searches(searches, expand)
@@ -117,7 +118,8 @@ class TransformersEngine:
             tree = _TreeCache(self.model, self.trie, [list(prompts[i]) for i in indices])
             scores[indices] = self._scores(tree, [rows[i] for i in indices])
             if k:
-                ranks[indices] = self._ranks(tree, [rows[i] for i in indices], scores[indices], k)
+                asked = [list(prompts[i]) for i in indices]
+                ranks[indices] = self._ranks(tree, asked, [rows[i] for i in indices], scores[indices], k)
         self.model.train(was_training)
         return scores, ranks
 
@@ -134,7 +136,14 @@ class TransformersEngine:
             scores[b] += found[place]
         return scores
 
-    def _ranks(self, tree: "_TreeCache", rows: Sequence[int], scores: np.ndarray, k: int) -> np.ndarray:
+    def _ranks(
+        self,
+        tree: "_TreeCache",
+        prompts: Sequence[list[int]],
+        rows: Sequence[int],
+        scores: np.ndarray,
+        k: int,
+    ) -> np.ndarray:
         """Return the rank of a row, whose score is known, for each prompt of a batch; 0 beyond `k`."""
         trie, searches, before = self.trie, [], []
         for row, score in zip(rows, scores.tolist(), strict=True):
@@ -147,19 +156,20 @@ class TransformersEngine:
             )
             searches.append(BestFirstSearch(trie, request, self.settings))
 
-        def run(of: list[int], searches: list[BestFirstSearch]) -> list[SearchResult]:
+        def run(tree: _TreeCache, searches: list[BestFirstSearch]) -> list[SearchResult]:
             def expand(pairs: list[tuple[int, int]]) -> np.ndarray:
-                placed = [(of[index], node) for index, node in pairs]
-                return self._head.log_probs(tree.hidden(placed), [node for _, node in placed])
+                tree.keep({b for b, _ in pairs})
+                return self._head.log_probs(tree.hidden(pairs), [node for _, node in pairs])
 
             return run_searches(searches, expand)
 
-        found = run(list(range(len(rows))), searches)
+        found = run(tree, searches)
         above = np.array([len(result.rows) for result in found]) + before
         ranks = np.where(above < k, above + 1, 0)
         if open_ended := [b for b, result in enumerate(found) if not result.exact]:
             plain = SearchRequest(prompt=[], k=k)
-            lists = run(open_ended, [BestFirstSearch(trie, plain, self.settings) for _ in open_ended])
+            anew = _TreeCache(self.model, trie, [prompts[b] for b in open_ended])
+            lists = run(anew, [BestFirstSearch(trie, plain, self.settings) for _ in open_ended])
             targets = np.array([rows[b] for b in open_ended])
             ranks[open_ended] = target_ranks([result.rows for result in lists], targets)
         return ranks
@@ -199,6 +209,8 @@ class _TreeCache:
         self.states = _picked(output, [(b, length - 1) for b, length in enumerate(self.lengths)])
         """Final hidden states of prompts and nodes `[places, hidden]`."""
         self.places: list[dict[int, _Place]] = [{-1: _Place([], b)} for b in range(len(prompts))]
+        self.kept = list(range(len(prompts)))
+        """the prompt of each row of the cache"""
         if trie.depth[0] == 0:
             for place in self.places:
                 place[0] = place[-1]
@@ -211,26 +223,35 @@ class _TreeCache:
         rows = torch.tensor([self.places[b][node].state for b, node in pairs])
         return self.states[rows.to(self.device)]
 
+    def keep(self, asking: set[int]) -> None:
+        """Forget the prompts that ask no more once they are half of the cache: a step computes all of it."""
+        rows = [row for row, b in enumerate(self.kept) if b in asking]
+        if 2 * len(rows) <= len(self.kept):
+            self.cache.batch_select_indices(torch.tensor(rows, device=self.device))
+            self.kept = [self.kept[row] for row in rows]
+
     def _append(self, pairs: list[tuple[int, int]]) -> None:
         base, states = self.columns, len(self.states)
-        rows: list[list[tuple[int, int, list[int]]]] = [[] for _ in self.lengths]  # token, position, attended
+        row_of = {b: row for row, b in enumerate(self.kept)}
+        rows: list[list[tuple[int, int, list[int]]]] = [[] for _ in self.kept]  # token, position, attended
         ends: list[tuple[int, int]] = []
         for b, node in pairs:
+            row = row_of[b]
             slots = list(self.places[b][int(self.trie.parent[node])].slots)
             for token in self.trie.edge(node).tolist():
-                slots = [*slots, base + len(rows[b])]
-                rows[b].append((token, self.lengths[b] + len(slots) - 1, slots))
+                slots = [*slots, base + len(rows[row])]
+                rows[row].append((token, self.lengths[b] + len(slots) - 1, slots))
             self.places[b][node] = _Place(slots, states + len(ends))
-            ends.append((b, len(rows[b]) - 1))
+            ends.append((row, len(rows[row]) - 1))
         width = max(map(len, rows))
         ids = np.zeros((len(rows), width), np.int64)
         positions = np.zeros((len(rows), width), np.int64)
         allowed = np.zeros((len(rows), width, base + width), bool)
-        for b, tokens in enumerate(rows):
-            allowed[b, :, : self.lengths[b]] = True
+        for row, tokens in enumerate(rows):
+            allowed[row, :, : self.lengths[self.kept[row]]] = True
             for t, (token, position, slots) in enumerate(tokens):
-                ids[b, t], positions[b, t] = token, position
-                allowed[b, t, slots] = True
+                ids[row, t], positions[row, t] = token, position
+                allowed[row, t, slots] = True
         attended = torch.from_numpy(allowed).to(self.device)
         mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=self.device).masked_fill_(
             ~attended, torch.finfo(self.model.dtype).min

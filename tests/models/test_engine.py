@@ -1,5 +1,6 @@
 """The transformers engine against naive scoring of every title, one forward each."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from models.evaluate import evaluate, evaluate_baselines
 from models.head import ChildHead
 from models.metrics import bootstrap_interval, per_user_metrics, target_ranks
 from models.search import SearchRequest, SearchSettings
-from models.transformers_engine import TransformersEngine
+from models.transformers_engine import TransformersEngine, _TreeCache
 from tests.tiny import make_tiny_recommender
 
 
@@ -101,6 +102,31 @@ def test_a_rank_that_a_budget_leaves_open_is_the_place_in_the_served_list(tmp_pa
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     assert not TransformersEngine(model, trie).rank(prompts, targets)[1].any()
+
+
+def test_prompts_that_ask_no_more_leave_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_tiny_recommender(tmp_path / "full", num_layers=2)
+    recommender = read_recommender(tmp_path / "full")
+    engine = TransformersEngine(load_model(recommender), recommender.trie, SearchSettings(width=1, subtree=0))
+    prompts = [recommender.prompter.encode(data.test.histories[i].tolist()) for i in range(16)]
+    kept: list[int] = []
+    append = _TreeCache._append
+
+    def counted(tree: _TreeCache, pairs: list[tuple[int, int]]) -> None:
+        append(tree, pairs)
+        kept.append(tree.cache.layers[0].keys.shape[0])
+
+    monkeypatch.setattr(_TreeCache, "_append", counted)
+    # One asks for much more than the others.
+    asked = [SearchRequest(prompt=prompt, k=40 if i == 5 else 1) for i, prompt in enumerate(prompts)]
+    together = engine.recommend(asked)
+    assert kept[0] == 16
+    assert kept[-1] == 1
+    assert all(fewer == before or 2 * fewer <= before for before, fewer in itertools.pairwise(kept))
+    for request, found in zip(asked, together, strict=True):
+        [alone] = engine.recommend([request])
+        assert found.rows == alone.rows
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-4)
 
 
 def test_scores_of_many_children_are_made_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
