@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from benchmarks.compiled import ROW_TOKENS, SHAPES, models_and_rows, timed_step
-from models.compiled import LONG_RUN_STEPS, compile_layers
+from models.compiled import LONG_CPU_RUN, compile_layers
 from models.finetune import SMOLLM2
 from models.memory import keep_freed_memory, peak_memory_bytes
 
@@ -68,7 +68,7 @@ def _take_turns(base: str, rows: int, *, keep: bool) -> None:
         keep_freed_memory()
     new, batch = models_and_rows(base, rows)
     model = new()
-    compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=ROW_TOKENS, device="cpu")
+    compile_layers(model, steps=LONG_CPU_RUN, step_rows=rows, row_tokens=ROW_TOKENS, device="cpu")
     for _ in sys.stdin:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
         seconds = timed_step(model, batch)

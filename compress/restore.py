@@ -95,7 +95,13 @@ def restore(
     arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
-    compile_layers(student, steps=arguments.max_steps, row_tokens=rows.row_tokens, device=settings.device)
+    compile_layers(
+        student,
+        steps=arguments.max_steps,
+        step_rows=arguments.per_device_train_batch_size,
+        row_tokens=rows.row_tokens,
+        device=settings.device,
+    )
     trainer = DistillationTrainer(
         model=student,
         args=arguments,

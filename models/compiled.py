@@ -9,16 +9,18 @@ from transformers import PreTrainedModel
 
 from models.per_layer import MODEL_TYPE as PER_LAYER
 
-LONG_RUN_STEPS = {"cpu": 3000, "cuda": 1000}
-"""Compiling takes 10 to 15 s, and saves a tenth of a second a step of a model of ten million parameters."""
-SMALL_MODEL = 10_000_000
-"""Non-embedding parameters. On a CPU what a step saves grows with them, so fewer steps make a run long: of
-SmolLM2-135M's, a step of 8,192 tokens saves nine seconds."""
+LONG_CPU_RUN = 2_000_000_000
+"""Numbers in the hidden states of all its tokens after all layers: what is fused grows with them. Compiling
+takes 10 to 20 s of a small model, and saves 28 s a billion of them on two cores (`benchmarks.compiled`)."""
+LONG_CUDA_RUN = 1000
+"""Steps: there a step's many small kernels cost the same however much each does."""
 LONGEST_ROW = 512
 """Tokens of a row whose attention is written out: it keeps a score for each pair of them."""
 
 
-def compile_layers(model: PreTrainedModel, *, steps: int, row_tokens: int, device: str) -> bool:
+def compile_layers(
+    model: PreTrainedModel, *, steps: int, step_rows: int, row_tokens: int, device: str
+) -> bool:
     """Compile the decoder layers in place where that pays, and return whether it did.
 
     PyTorch's kernels leave half of a training step of a small model to element-wise operations, which
@@ -30,8 +32,11 @@ def compile_layers(model: PreTrainedModel, *, steps: int, row_tokens: int, devic
     compiler = shutil.which("g++") or shutil.which("clang++")
     layers = model.get_decoder().layers
     if device == "cpu":
-        steps = steps * max(SMALL_MODEL, sum(weight.numel() for weight in layers.parameters())) // SMALL_MODEL
-    if steps < LONG_RUN_STEPS[device] or not compiler or model.config.model_type == PER_LAYER:
+        tokens = steps * step_rows * row_tokens
+        is_long = tokens * len(layers) * model.config.hidden_size >= LONG_CPU_RUN
+    else:
+        is_long = steps >= LONG_CUDA_RUN
+    if not is_long or not compiler or model.config.model_type == PER_LAYER:
         return False
     torch.compiler.reset()  # the shapes of an earlier model count against how many are compiled
     if device == "cpu" and row_tokens <= LONGEST_ROW:

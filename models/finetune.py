@@ -202,6 +202,7 @@ def _trainer(
     compile_layers(
         model,
         steps=steps_per_epoch * epochs,
+        step_rows=batch,
         row_tokens=rows.row_tokens,
         device="cuda" if cuda else "cpu",
     )

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 from models import compiled
 from models.checkpoint import load_model, read_recommender
-from models.compiled import LONG_RUN_STEPS, LONGEST_ROW, as_written, compile_layers
+from models.compiled import LONG_CPU_RUN, LONG_CUDA_RUN, LONGEST_ROW, as_written, compile_layers
 from models.golden import compute_golden
 from models.trainer import final_hidden
 from tests.models.test_per_layer import random_model
@@ -37,7 +37,7 @@ def test_compiled_layers_have_the_same_gradients_and_names():
     other.load_state_dict(plain.state_dict())
     rows = packed_rows()
     wanted = gradients(plain, rows)
-    assert compile_layers(other, steps=LONG_RUN_STEPS["cpu"], row_tokens=32, device="cpu")
+    assert compile_layers(other, steps=LONG_CPU_RUN, step_rows=1, row_tokens=32, device="cpu")
     found = gradients(other, rows)
     graphs = counters["stats"]["unique_graphs"]
     assert graphs > 0
@@ -56,7 +56,7 @@ def test_a_golden_answer_compiles_nothing(tmp_path):
     make_tiny_recommender(tmp_path / "full", num_layers=1)
     recommender = read_recommender(tmp_path / "full")
     model, graphs = load_model(recommender), counters["stats"]["unique_graphs"]
-    assert compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=32, device="cpu")
+    assert compile_layers(model, steps=LONG_CPU_RUN, step_rows=1, row_tokens=32, device="cpu")
     assert compute_golden(recommender, model).items
     assert counters["stats"]["unique_graphs"] == graphs
 
@@ -66,18 +66,25 @@ def test_attention_over_long_rows_keeps_no_scores():
     for tokens, expected in ((LONGEST_ROW, "eager"), (LONGEST_ROW + 1, "sdpa")):
         model = tiny_model("qwen3", 64)
         model.set_attn_implementation("sdpa")
-        assert compile_layers(model, steps=LONG_RUN_STEPS["cpu"], row_tokens=tokens, device="cpu")
+        assert compile_layers(model, steps=LONG_CPU_RUN, step_rows=1, row_tokens=tokens, device="cpu")
         assert model.config._attn_implementation == expected
 
 
 @needs_compiler
-def test_a_large_model_s_run_is_long_after_fewer_steps(monkeypatch):
+def test_a_run_is_long_by_the_numbers_it_computes():
     model = tiny_model("qwen3", 64)
-    parameters = sum(weight.numel() for weight in model.get_decoder().layers.parameters())
-    monkeypatch.setattr(compiled, "SMALL_MODEL", parameters // 2)
-    steps = LONG_RUN_STEPS["cpu"] // 2
-    assert not compile_layers(model, steps=steps - 1, row_tokens=32, device="cpu")
-    assert compile_layers(model, steps=steps, row_tokens=32, device="cpu")
+    a_step = 4 * 32 * model.config.num_hidden_layers * model.config.hidden_size
+    long = {"steps": -(-LONG_CPU_RUN // a_step), "step_rows": 4, "row_tokens": 32}
+    for shorter in ({"steps": long["steps"] - 1}, {"step_rows": 3}, {"row_tokens": 31}):
+        assert not compile_layers(model, **{**long, **shorter}, device="cpu")
+    assert compile_layers(model, **long, device="cpu")
+
+
+@needs_compiler
+def test_on_a_gpu_a_run_is_long_by_its_steps():
+    size = {"step_rows": 1, "row_tokens": 32, "device": "cuda"}
+    assert not compile_layers(tiny_model("qwen3", 64), steps=LONG_CUDA_RUN - 1, **size)
+    assert compile_layers(tiny_model("qwen3", 64), steps=LONG_CUDA_RUN, **size)
 
 
 @pytest.mark.parametrize("case", ["short", "no compiler", "per layer"])
@@ -86,7 +93,7 @@ def test_layers_are_left_alone_where_compiling_does_not_pay(case, monkeypatch):
     before = model.config._attn_implementation
     if case == "no compiler":
         monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
-    steps = LONG_RUN_STEPS["cpu"] - (case == "short")
-    assert not compile_layers(model, steps=steps, row_tokens=32, device="cpu")
+    steps = 100 if case == "short" else LONG_CPU_RUN
+    assert not compile_layers(model, steps=steps, step_rows=1, row_tokens=32, device="cpu")
     assert model.config._attn_implementation == before
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
