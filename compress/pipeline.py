@@ -207,15 +207,14 @@ def _layout(run: Run) -> list[str]:
 def _cost(run: Run) -> str:
     """Return in words what the work will take."""
     counts, shares = run.plan.counts, [stage.share for stage in run.stages]
-    drawings = run.recipe.drawings + run.recipe.written
-    read = min(run.tokens, round(drawings * _title_tokens(run.full, run.data)))
+    drawn = run.recipe.drawings * _title_tokens(run.full, run.data)
+    read = min(run.tokens, drawn)
     reading = 2 * counts[0].total * read
-    does = "reads or writes" if run.recipe.written else "reads"
     training = sum(
         share * run.tokens * 6 * count.total for share, count in zip(shares, counts[1:], strict=True)
     )
     return (
-        f"cost: the full model {does} {read / 1e6:.2f} M tokens once ({reading / 1e12:.2f} TFLOP, "
+        f"cost: the full model reads {read / 1e6:.2f} M tokens once ({reading / 1e12:.2f} TFLOP, "
         f"{2 * run.plan.full.hidden_size * read / 1e6:.0f} MB on disk meanwhile); "
         f"restoration learns from {run.tokens / 1e6:.2f} M tokens ({training / 1e12:.2f} TFLOP)"
     )

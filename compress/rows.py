@@ -75,20 +75,9 @@ def make_rows(
         counted += int((rows[-1]["next_ids"] >= 0).sum())
         if counted >= tokens:
             break
-    return stacked(rows)
-
-
-def stacked(rows: Sequence[dict[str, torch.Tensor]]) -> RestorationRows:
-    """Return packed rows as they are restored on."""
     ids = {name: torch.stack([row[name] for row in rows]).int() for name in STREAM_FIELDS}
     title_mask = torch.stack([row["next_ids"] >= 0 for row in rows])
     return RestorationRows(**ids, title_mask=title_mask)
-
-
-def joined(parts: Sequence[RestorationRows]) -> RestorationRows:
-    """Return rows of one length, one part after another."""
-    names = (*STREAM_FIELDS, "title_mask")
-    return RestorationRows(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

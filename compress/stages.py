@@ -21,7 +21,7 @@ from compress.prune import prune_depth, prune_mlp, prune_width
 from compress.rebuild import random_model
 from compress.report import stage_names
 from compress.restore import RestoreSettings, restore
-from compress.rows import RestorationRows, calibration_batches, joined, make_rows
+from compress.rows import RestorationRows, calibration_batches, make_rows
 from compress.stage import StageReport
 from compress.teacher import TeacherStates, cache_teacher, open_states
 from compress.work import (
@@ -32,7 +32,6 @@ from compress.work import (
     save_step,
     sharing,
 )
-from compress.written import cache_written, open_written
 from models.checkpoint import load_model
 from models.families import Shape
 from models.precision import fast_products
@@ -74,9 +73,25 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     teacher = load_model(run.full, torch.float32, run.device)
     if run.trimmed:
         teacher = run.trimmed.slice(teacher)
+    rows = make_rows(
+        run.data.train,
+        run.teacher,
+        _streams(run),
+        tokens=run.tokens,
+        epochs=run.recipe.drawings,
+        seed=run.seed,
+    )
     with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():
         begun = time.monotonic()
-        rows, states = _taught(run, teacher, shared, processes)
+        with fast_products(run.device):
+            cache_teacher(
+                teacher,
+                rows,
+                shared / "teacher",
+                process=processes.process_index,
+                processes=processes.num_processes,
+            )
+        processes.wait_for_everyone()
         if processes.is_main_process and finished(shared, "read") is None:
             save_step(shared, "read", {"seconds": time.monotonic() - begun})
     validation = run.data.valid.sample(run.recipe.validation_users, run.seed)
@@ -88,7 +103,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         teacher=teacher,
         head=teacher.get_output_embeddings().weight.detach().clone(),
         rows=rows,
-        states=states,
+        states=open_states(rows, shared / "teacher"),
         batches=calibration_batches(rows, run.recipe.calibration_rows, CALIBRATION_BATCH_ROWS, run.device),
         yardstick=Yardstick(run.teacher, validation),
     )
@@ -104,35 +119,6 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         if finished(work, name) is None:
             _cut(bench, stage, name)
             _restore(bench, stage, name)
-
-
-def _taught(
-    run: Run, teacher: PreTrainedModel, shared: Path, processes: PartialState
-) -> tuple[RestorationRows, TeacherStates]:
-    """Return the rows to restore on and what the full model says of them: windows of the training histories,
-    and behind them what it wrote itself."""
-    recipe, among = run.recipe, {"process": processes.process_index, "processes": processes.num_processes}
-    writes = recipe.written if run.teacher.prompt.is_stream else 0.0
-    rows = make_rows(
-        run.data.train,
-        run.teacher,
-        _streams(run),
-        tokens=round(run.tokens * recipe.drawings / (recipe.drawings + writes)),
-        epochs=recipe.drawings,
-        seed=run.seed,
-    )
-    with fast_products(run.device):
-        cache_teacher(teacher, rows, shared / "teacher", **among)
-        size = {"rows": round(len(rows) * writes / recipe.drawings), "row_tokens": rows.row_tokens}
-        if writes:
-            place = shared / "written"
-            cache_written(teacher, run.teacher, place, **size, seed=run.seed, **among)
-    processes.wait_for_everyone()
-    states = open_states(rows, shared / "teacher")
-    if not writes:
-        return rows, states
-    written, said = open_written(run.teacher, shared / "written", **size)
-    return joined([rows, written]), states.followed_by(said)
 
 
 def _heading(run: Run, stage: int) -> str:

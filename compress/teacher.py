@@ -31,22 +31,19 @@ class TeacherStates:
 
     chunks: list[np.ndarray]
     """fp16 `[title positions of the chunk, hidden]`, memory-mapped"""
-    first_rows: np.ndarray
-    """int64 `[chunks]`: the row each chunk begins with"""
     offsets: np.ndarray
     """int64 `[rows + 1]`: first title position of each row, counted over all rows"""
 
     def row(self, index: int) -> np.ndarray:
         """Return fp16 `[title positions, hidden]` of one row."""
-        chunk = int(np.searchsorted(self.first_rows, index, side="right")) - 1
-        start = self.offsets[self.first_rows[chunk]]
+        chunk = index // CHUNK_ROWS
+        start = self.offsets[chunk * CHUNK_ROWS]
         return self.chunks[chunk][self.offsets[index] - start : self.offsets[index + 1] - start]
 
-    def followed_by(self, other: "TeacherStates") -> "TeacherStates":
-        """Return the states of these rows and those behind them."""
-        first_rows = np.concatenate([self.first_rows, other.first_rows + len(self.offsets) - 1])
-        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
-        return TeacherStates(self.chunks + other.chunks, first_rows, offsets)
+
+def cache_bytes(rows: RestorationRows, hidden_size: int) -> int:
+    """Return the disk space the states of all rows take."""
+    return 2 * hidden_size * int(rows.title_counts.sum())
 
 
 def cache_teacher(
@@ -61,10 +58,15 @@ def cache_teacher(
         LeanRecError: no room on the disk, or a state does not fit fp16.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    paths = [states_path(directory, chunk) for chunk in range(-(-len(rows) // CHUNK_ROWS))]
+    paths = _chunk_paths(directory, len(rows))
     missing = [chunk for chunk, path in enumerate(paths) if not path.exists()]
-    states_bytes = 2 * model.config.hidden_size * int(rows.title_counts.sum())
-    check_room(directory, states_bytes * len(missing) // max(len(paths), 1))
+    needed = cache_bytes(rows, model.config.hidden_size) * len(missing) // max(len(paths), 1)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise LeanRecError(
+            f"{directory}: the teacher's states need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "make room, choose another --out, or give fewer --restore-tokens"
+        )
     batch = CPU_BATCH_ROWS if model.device.type == "cpu" else CHUNK_ROWS
     mine = [chunk for chunk in missing if chunk % processes == process]
     for chunk in tqdm(mine, desc="teacher", unit="chunk", disable=process != 0 or not mine):
@@ -74,69 +76,28 @@ def cache_teacher(
             _states(model, rows, range(start, min(start + batch, last)))
             for start in range(first, last, batch)
         ]
-        save_array(paths[chunk], np.concatenate(states))
+        with new_file(paths[chunk]) as temporary, open(temporary, "wb") as file:
+            np.save(file, np.concatenate(states), allow_pickle=False)
 
 
-def open_states(rows: RestorationRows, directory: Path, chunk_rows: int = CHUNK_ROWS) -> TeacherStates:
-    """Return the states that were written for these rows, a file for every `chunk_rows`.
+def open_states(rows: RestorationRows, directory: Path) -> TeacherStates:
+    """Return the states that `cache_teacher` wrote for these rows.
 
     Raises:
         LeanRecError: a file of them is damaged.
     """
-    first_rows = np.arange(0, len(rows), chunk_rows)
     offsets = np.concatenate([[0], np.cumsum(rows.title_counts)])
     chunks = []
-    for chunk, first in enumerate(first_rows.tolist()):
-        path = states_path(directory, chunk)
-        states = load_array(path)
-        if len(states) != offsets[min(first + chunk_rows, len(rows))] - offsets[first]:
+    for chunk, path in enumerate(_chunk_paths(directory, len(rows))):
+        try:
+            states = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise damaged(path, path) from error
+        last = min((chunk + 1) * CHUNK_ROWS, len(rows))
+        if len(states) != offsets[last] - offsets[chunk * CHUNK_ROWS]:
             raise damaged(path, path)
         chunks.append(states)
-    return TeacherStates(chunks, first_rows, offsets)
-
-
-def check_room(directory: Path, needed: int) -> None:
-    """Raise where `needed` bytes of states do not fit the disk.
-
-    Raises:
-        LeanRecError: says what is needed and what is free.
-    """
-    free = shutil.disk_usage(directory).free
-    if needed > free:
-        raise LeanRecError(
-            f"{directory}: the teacher's states need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "make room, choose another --out, or give fewer --restore-tokens"
-        )
-
-
-def as_fp16(hidden: torch.Tensor) -> np.ndarray:
-    """Return hidden states in fp16.
-
-    Raises:
-        LeanRecError: they do not fit.
-    """
-    states = hidden.to(torch.float16)
-    if not torch.isfinite(states).all():
-        raise LeanRecError("teacher: its final hidden states are not finite or exceed the range of fp16")
-    return states.cpu().numpy()
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array, whole or not at all."""
-    with new_file(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-
-
-def load_array(path: Path) -> np.ndarray:
-    """Return an array, memory-mapped.
-
-    Raises:
-        LeanRecError: the file is damaged.
-    """
-    try:
-        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except (ValueError, EOFError) as error:
-        raise damaged(path, path) from error
+    return TeacherStates(chunks, offsets)
 
 
 @torch.inference_mode()
@@ -147,9 +108,11 @@ def _states(model: PreTrainedModel, rows: RestorationRows, indices: Sequence[int
         position_ids=batch["position_ids"].to(model.device),
         use_cache=False,
     ).last_hidden_state
-    return as_fp16(hidden.flatten(0, 1)[batch["positions"].to(model.device)])
+    states = hidden.flatten(0, 1)[batch["positions"].to(model.device)].to(torch.float16)
+    if not torch.isfinite(states).all():
+        raise LeanRecError("teacher: its final hidden states are not finite or exceed the range of fp16")
+    return states.cpu().numpy()
 
 
-def states_path(directory: Path, chunk: int) -> Path:
-    """Return the file of a chunk of rows."""
-    return directory / f"{chunk:05d}.npy"
+def _chunk_paths(directory: Path, rows: int) -> list[Path]:
+    return [directory / f"{chunk:05d}.npy" for chunk in range(-(-rows // CHUNK_ROWS))]

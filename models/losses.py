@@ -69,24 +69,6 @@ class ValidTokens:
         hit = self.tokens[flat] == next_ids[~at_root][segments]
         return torch.cat([scored.root.gather(1, column[:, None])[:, 0], scored.inner[hit]])
 
-    def draw(
-        self, hidden: torch.Tensor, weight: torch.Tensor, nodes: torch.Tensor, generator: torch.Generator
-    ) -> np.ndarray:
-        """Return a child of each position's node, drawn by its probability: int64 `[positions]`, places in
-        the trie's child arrays. The arguments are those of `log_probs`, the generator is the CPU's."""
-        scored = self.log_probs(hidden, weight, nodes)
-        at_root = (nodes == 0).cpu().numpy()
-        children = np.empty(len(nodes), np.int64)
-        children[at_root] = _perturbed(scored.root, generator).argmax(-1).numpy()
-        flat, segments = (part.cpu() for part in self._flat(nodes[nodes != 0]))
-        perturbed = _perturbed(scored.inner, generator)
-        # Sorted by value, then stably by segment: each segment's highest comes last.
-        order = perturbed.argsort(stable=True)
-        order = order[segments[order].argsort(stable=True)]
-        last = torch.bincount(segments, minlength=int((~at_root).sum())).cumsum(0) - 1
-        children[~at_root] = flat[order][last].numpy()
-        return children
-
     def _flat(self, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return indices of all children of `nodes`, one after another, and the position each belongs to."""
         starts = self.offsets[nodes]
@@ -95,12 +77,6 @@ class ValidTokens:
         ends = counts.cumsum(0)
         flat = torch.arange(len(segments), device=nodes.device) + (starts - ends + counts)[segments]
         return flat, segments
-
-
-def _perturbed(log_probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Add Gumbel noise: the highest sum is a draw from the distribution."""
-    noise = torch.empty(log_probs.shape, dtype=torch.float64).exponential_(generator=generator)
-    return log_probs.cpu().double() - noise.log()
 
 
 def valid_cross_entropy(

@@ -1,6 +1,6 @@
 """Training rows: windows of users' title streams, packed, with every title a target."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,8 +93,7 @@ class PackedStreams(TorchDataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         rows = self._rows_of(index // self.rows_per_epoch)
-        windows = rows[index % self.rows_per_epoch % len(rows)]
-        return pack_row(windows, self.prompter, self.table, size=self.row_tokens, pad=self.pad)
+        return self._pack(rows[index % self.rows_per_epoch % len(rows)])
 
     def _rows_of(self, epoch: int) -> list[list[np.ndarray]]:
         """Return the epoch's rows, each a list of windows of catalogue rows."""
@@ -173,38 +172,30 @@ class PackedStreams(TorchDataset):
             yield items[begin : end + 1]
             begin = end
 
-
-def pack_row(
-    windows: Sequence[np.ndarray], prompter: Prompter, table: TitleTable, *, size: int, pad: int
-) -> dict[str, torch.Tensor]:
-    """Return a row of `PackedStreams` that holds windows of catalogue rows, one after another.
-
-    Args:
-        size: tokens of the row.
-        pad: token that fills it up.
-    """
-    row = {
-        "input_ids": np.full(size, pad, np.int64),
-        "position_ids": np.zeros(size, np.int64),
-        "next_ids": np.full(size, -100, np.int64),
-        "node_ids": np.full(size, -1, np.int64),
-    }
-    at = 0
-    for window in windows:
-        if prompter.config.is_stream:
-            before, learnt = prompter.start_tokens, window
-        else:
-            before, learnt = prompter.encode(window[:-1].tolist()), window[-1:]
-        offsets = table.offsets
-        tokens = np.concatenate([table.tokens[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
-        nodes = np.concatenate([table.nodes[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
-        # A title or a template's prompt may be longer than a row; its end, which predicts, is kept.
-        ids = np.concatenate([before, tokens])[-size:]
-        tokens, nodes = tokens[-(size - 1) :], nodes[-(size - 1) :]
-        length = len(ids)
-        row["input_ids"][at : at + length] = ids
-        row["position_ids"][at : at + length] = np.arange(length)
-        row["next_ids"][at + length - 1 - len(tokens) : at + length - 1] = tokens
-        row["node_ids"][at + length - 1 - len(nodes) : at + length - 1] = nodes
-        at += length
-    return {name: torch.from_numpy(values) for name, values in row.items()}
+    def _pack(self, windows: list[np.ndarray]) -> dict[str, torch.Tensor]:
+        size = self.row_tokens
+        row = {
+            "input_ids": np.full(size, self.pad, np.int64),
+            "position_ids": np.zeros(size, np.int64),
+            "next_ids": np.full(size, -100, np.int64),
+            "node_ids": np.full(size, -1, np.int64),
+        }
+        at = 0
+        for window in windows:
+            if self.prompter.config.is_stream:
+                before, learnt = self.prompter.start_tokens, window
+            else:
+                before, learnt = self.prompter.encode(window[:-1].tolist()), window[-1:]
+            offsets = self.table.offsets
+            tokens = np.concatenate([self.table.tokens[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
+            nodes = np.concatenate([self.table.nodes[offsets[i] : offsets[i + 1]] for i in learnt.tolist()])
+            # A title or a template's prompt may be longer than a row; its end, which predicts, is kept.
+            ids = np.concatenate([before, tokens])[-size:]
+            tokens, nodes = tokens[-(size - 1) :], nodes[-(size - 1) :]
+            length = len(ids)
+            row["input_ids"][at : at + length] = ids
+            row["position_ids"][at : at + length] = np.arange(length)
+            row["next_ids"][at + length - 1 - len(tokens) : at + length - 1] = tokens
+            row["node_ids"][at + length - 1 - len(nodes) : at + length - 1] = nodes
+            at += length
+        return {name: torch.from_numpy(values) for name, values in row.items()}

@@ -40,8 +40,6 @@ ABLATIONS: dict[str, Recipe] = {
             Stage(cuts=("depth",), share=0.90, learning_rate=1e-3),
         ),
     ),
-    "written": replace(_DEFAULT, drawings=1, written=1.0),
-    "written-random": replace(RECIPES["random"], drawings=1, written=1.0),
     "more-drawings": replace(_DEFAULT, drawings=8),
     # A quarter of the tokens a step, so four times the steps for the same tokens; Adam's rate by the root.
     "small-steps": replace(

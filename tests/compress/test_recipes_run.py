@@ -13,7 +13,6 @@ from compress.job import Job
 from compress.pipeline import prepare
 from compress.recipe import RECIPES
 from compress.restore import Course, Restored
-from compress.rows import make_rows
 from compress.stages import _ranks, _streams, run_stages, step_names
 from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
@@ -69,29 +68,6 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     layers = run.plan.full.num_layers
     assert layers > 1
     assert rates == pytest.approx([6.0 / layers, 12.0 / layers, 18.0])
-
-
-@pytest.mark.parametrize("written", [0.0, 1.0, 2.0])
-def test_the_full_model_writes_rows_behind_those_it_reads(full, tmp_path, monkeypatch, written):
-    run = prepared(full, "random")
-    run = replace(run, tokens=10**6, recipe=replace(run.recipe, drawings=1, written=written))
-    given = {}
-
-    def restored(start, *, rows, states, **_):
-        given.update(rows=rows, states=states)
-        return Restored(AutoModelForCausalLM.from_pretrained(start), Course(1, 1, 0, [], []))
-
-    monkeypatch.setattr("compress.stages.restore", restored)
-    run_stages(run, tmp_path, PartialState(cpu=True))
-    rows, states = given["rows"], given["states"]
-    drawn = make_rows(run.data.train, run.teacher, _streams(run), tokens=10**6, epochs=1, seed=run.seed)
-    assert len(rows) == round((1 + written) * len(drawn))
-    assert (rows.input_ids[: len(drawn)] == drawn.input_ids).all()
-    assert [len(states.row(row)) for row in range(len(rows))] == rows.title_counts.tolist()
-    if written:
-        begun = rows.input_ids[len(drawn) :][rows.position_ids[len(drawn) :] == 1]
-        titles = run.teacher.trie.num_leaves
-        assert len(set(begun.tolist())) > min(titles, 20), "streams begin with all kinds of titles"
 
 
 @pytest.mark.slow
