@@ -26,6 +26,7 @@ TITLES = {
     "width-only": "width only",
     "random": "random weights, distilled",
     "random-targets": "random weights, targets only",
+    "written-random": "random weights, distilled, half on streams that the full model wrote",
     "no-repair": "LeanRec without weight repair",
     "pca": "LeanRec, hidden width by PCA alone",
     "channels": "LeanRec, hidden width by channels alone",
