@@ -267,7 +267,7 @@ def _tested(
     lists = {name: facts["lists"] for name, facts in tested.items()}
     full, pruned = (target_ranks(lists[name], run.data.test.targets) for name in ("full", "pruned"))
     tests = {"baselines": baselines["baselines"]} | {n: facts["metrics"] for n, facts in tested.items()}
-    return tests, paired(full, pruned), lists
+    return tests, paired(full, pruned, users=run.data.test.histories.user_ids), lists
 
 
 def _ranked(run: Run, name: str, recommender: Recommender, place: Path) -> dict[str, Any]:

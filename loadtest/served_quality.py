@@ -61,11 +61,11 @@ class ServedQuality:
             name: target_ranks([[rows[item] for item in items] for items in self.lists[name]], targets)
             for name in SIDES
         }
-        pairs = paired(ranks["full"], ranks["pruned"], seed=seed)
+        pairs = paired(ranks["full"], ranks["pruned"], seed=seed, users=self.users.user_ids)
         top1, overlap = (compare.mean(values, seed=seed) for values in (self._same_top1(), self._overlap()))
         return {
             "users": len(targets),
-            **{name: _metrics(ranks[name], seed) for name in SIDES},
+            **{name: _metrics(ranks[name], self.users.user_ids, seed) for name in SIDES},
             "retained": {
                 **{metric: pairs[metric].retained for metric in METRICS},
                 "ci95": {metric: pairs[metric].retained_ci95 for metric in METRICS},
@@ -158,11 +158,11 @@ def _ask(deployment: Deployment, item_ids: frozenset[str], history: Sequence[str
     return [str(item["item_id"]) for item in answer["items"]]
 
 
-def _metrics(ranks: np.ndarray, seed: int) -> dict[str, Any]:
+def _metrics(ranks: np.ndarray, users: Sequence[str], seed: int) -> dict[str, Any]:
     values = per_user_metrics(ranks)
     return {
         **{metric: float(values[metric].mean()) for metric in METRICS},
-        "ci95": {metric: bootstrap_interval(values[metric], seed) for metric in METRICS},
+        "ci95": {metric: bootstrap_interval(values[metric], seed, users=users) for metric in METRICS},
     }
 
 

@@ -86,7 +86,10 @@ def _evaluation(ranked: Sequence[Sequence[int]], examples: Examples, exact_share
     later = examples.later_day
     return Evaluation(
         metrics={name: float(values.mean()) for name, values in per_user.items()},
-        ci95={name: bootstrap_interval(values) for name, values in per_user.items()},
+        ci95={
+            name: bootstrap_interval(values, users=examples.histories.user_ids)
+            for name, values in per_user.items()
+        },
         per_user=per_user,
         ranks=ranks,
         lists=ranked,

@@ -1,6 +1,6 @@
 """Ranking metrics by item id over the full catalogue, and their intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,12 +28,27 @@ def per_user_metrics(ranks: np.ndarray) -> dict[str, np.ndarray]:
     return values
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """Return the 95 % percentile bootstrap interval of the mean of `values` `[users]`."""
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)])
+def bootstrap_interval(
+    values: np.ndarray, seed: int = 0, resamples: int = 2000, users: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of `values` `[cases]`.
+
+    Args:
+        users: whose case each is: users are resampled, each with all cases of theirs, since what one does
+            again and again is no new evidence. None: each is somebody else's.
+    """
+    draws = _draws(len(values), users, seed, resamples)
+    means = np.array([values @ weights / weights.sum() for weights in draws])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def _draws(cases: int, users: Sequence[str] | None, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Yield how often each case counts in a resample, int64 `[cases]`."""
+    rng = np.random.default_rng(seed)
+    names, owner = np.unique(np.arange(cases) if users is None else np.asarray(users), return_inverse=True)
+    for _ in range(resamples):  # one at a time: together they would take gigabytes of many users
+        yield np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))[owner]
 
 
 @dataclass(frozen=True)
@@ -48,19 +63,24 @@ class Paired:
     retained_ci95: tuple[float, float] | None
 
 
-def paired(first: np.ndarray, second: np.ndarray, seed: int = 0, resamples: int = 2000) -> dict[str, Paired]:
-    """Return for each metric how two models compare user by user.
+def paired(
+    first: np.ndarray,
+    second: np.ndarray,
+    seed: int = 0,
+    resamples: int = 2000,
+    users: Sequence[str] | None = None,
+) -> dict[str, Paired]:
+    """Return for each metric how two models compare case by case.
 
     Args:
-        first, second: 1-based rank of each user's target, 0 where it is not in the list, int `[users]`.
+        first, second: 1-based rank of each case's target, 0 where it is not in the list, int `[cases]`.
+        users: as in `bootstrap_interval`.
     """
-    rng = np.random.default_rng(seed)
     ours, theirs = per_user_metrics(first), per_user_metrics(second)
     drawn: dict[str, list[tuple[float, float]]] = {name: [] for name in ours}
-    for _ in range(resamples):  # one at a time: together they would take gigabytes of many users
-        draw = rng.integers(len(first), size=len(first))
+    for weights in _draws(len(first), users, seed, resamples):
         for name, before in ours.items():
-            drawn[name].append((before[draw].mean(), theirs[name][draw].mean()))
+            drawn[name].append((before @ weights / weights.sum(), theirs[name] @ weights / weights.sum()))
     found = {}
     for name, before in ours.items():
         after, means = theirs[name], np.array(drawn[name])

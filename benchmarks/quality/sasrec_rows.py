@@ -24,7 +24,10 @@ def figures(ranks: np.ndarray, examples: Examples) -> dict[str, Any]:
     return {
         "users": len(examples),
         "metrics": means(ranks),
-        "ci95": {name: list(bootstrap_interval(values)) for name, values in per_user.items()},
+        "ci95": {
+            name: list(bootstrap_interval(values, users=examples.histories.user_ids))
+            for name, values in per_user.items()
+        },
         "later_day": {"users": int(later.sum()), **(means(ranks[later]) if later.any() else {})},
     }
 

@@ -1,0 +1,76 @@
+"""Whose cases, and which, a pruned model loses what it loses on: NDCG@10 of a compression's test lists.
+
+    python -m benchmarks.quality.losses --run DIR --data D [--users 2]
+
+Some data have many cases of one user, who may do one thing again and again. Prints JSON: all cases, those
+whose item is the last of the history again, the others, and all without the users that lose most together.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from models.data import load_data
+from models.evaluate import evaluate_baselines
+from models.metrics import paired, per_user_metrics, target_ranks
+from models.ranked_lists import RANKED_LISTS
+
+SIDES = ("full", "pruned")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality.losses")
+    parser.add_argument("--run", type=Path, required=True, help="directory that `compress` wrote")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--users", type=int, default=2, help="how many of those that lose most to leave out")
+    options = parser.parse_args()
+    data = load_data(options.data)
+    test, ids = data.test, data.catalog.item_ids
+    table = pq.read_table(options.run / RANKED_LISTS).to_pydict()  # in the order of the test part
+    if table["target"] != [ids[target] for target in test.targets]:
+        raise SystemExit(f"losses: {options.run} was not tested on {options.data}")
+    rows = data.catalog.row_of
+    ranks = [
+        target_ranks([[rows[item] for item in ranked] for ranked in table[side]], test.targets)
+        for side in SIDES
+    ]
+    bigram = evaluate_baselines(data, test)["bigram"].per_user["ndcg@10"]
+    users = np.array(test.histories.user_ids)
+    gains = [per_user_metrics(ranked)["ndcg@10"] for ranked in ranks]
+    names, owner = np.unique(users, return_inverse=True)
+    lost = np.bincount(owner, gains[0] - gains[1])
+    most = np.argsort(-lost)[: options.users]
+    again = np.array([test.histories[i][-1] == test.targets[i] for i in range(len(test))])
+
+    def of(cases: np.ndarray) -> dict[str, Any]:
+        found = paired(ranks[0][cases], ranks[1][cases], users=users[cases].tolist())["ndcg@10"]
+        return {
+            "cases": int(cases.sum()),
+            "users": len(set(users[cases].tolist())),
+            **{side: float(gain[cases].mean()) for side, gain in zip(SIDES, gains, strict=True)},
+            "bigram": float(bigram[cases].mean()),
+            "kept": found.retained,
+            "kept_ci95": found.retained_ci95,
+            "share_of_loss": float((gains[0] - gains[1])[cases].sum() / lost.sum()),
+        }
+
+    result = {
+        "all": of(np.ones(len(test), bool)),
+        "the last item again": of(again),
+        "another item": of(~again),
+        "users that lose most": {
+            str(names[user]): {"cases": int((owner == user).sum()), "share_of_loss": lost[user] / lost.sum()}
+            for user in most
+        },
+        "without them": of(~np.isin(owner, most)),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
