@@ -141,9 +141,9 @@ def is_difference(ratio: Measured) -> bool:
     return ratio.interval is not None and not ratio.interval[0] <= 1 <= ratio.interval[1]
 
 
-def mean(values: np.ndarray, *, seed: int = 0) -> Measured:
-    """Return the mean of independent values `[n]` with a bootstrap interval over them."""
-    return Measured(float(values.mean()), bootstrap_interval(values, seed, NUM_RESAMPLES))
+def mean(values: np.ndarray, *, seed: int = 0, users: Sequence[str] | None = None) -> Measured:
+    """Return the mean of values `[n]` with a bootstrap interval over them, or over the users they are of."""
+    return Measured(float(values.mean()), bootstrap_interval(values, seed, NUM_RESAMPLES, users))
 
 
 def check_not_empty(blocks: Sequence[Block]) -> None:

@@ -61,11 +61,14 @@ class ServedQuality:
             name: target_ranks([[rows[item] for item in items] for items in self.lists[name]], targets)
             for name in SIDES
         }
-        pairs = paired(ranks["full"], ranks["pruned"], seed=seed, users=self.users.user_ids)
-        top1, overlap = (compare.mean(values, seed=seed) for values in (self._same_top1(), self._overlap()))
+        users = self.users.user_ids
+        pairs = paired(ranks["full"], ranks["pruned"], seed=seed, users=users)
+        top1, overlap = (
+            compare.mean(values, seed=seed, users=users) for values in (self._same_top1(), self._overlap())
+        )
         return {
             "users": len(targets),
-            **{name: _metrics(ranks[name], self.users.user_ids, seed) for name in SIDES},
+            **{name: _metrics(ranks[name], users, seed) for name in SIDES},
             "retained": {
                 **{metric: pairs[metric].retained for metric in METRICS},
                 "ci95": {metric: pairs[metric].retained_ci95 for metric in METRICS},

@@ -115,11 +115,11 @@ class TransformersEngine:
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
-            tree = _TreeCache(self.model, self.trie, [list(prompts[i]) for i in indices])
-            scores[indices] = self._scores(tree, [rows[i] for i in indices])
+            asked, targets = [list(prompts[i]) for i in indices], [rows[i] for i in indices]
+            tree = _TreeCache(self.model, self.trie, asked)
+            scores[indices] = self._scores(tree, targets)
             if k:
-                asked = [list(prompts[i]) for i in indices]
-                ranks[indices] = self._ranks(tree, asked, [rows[i] for i in indices], scores[indices], k)
+                ranks[indices] = self._ranks(tree, asked, targets, scores[indices], k)
         self.model.train(was_training)
         return scores, ranks
 

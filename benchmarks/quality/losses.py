@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
+from benchmarks.quality.sasrec_rows import baseline_ranks
 from models.data import load_data
-from models.evaluate import evaluate_baselines
 from models.metrics import paired, per_user_metrics, target_ranks
 from models.ranked_lists import RANKED_LISTS
 
@@ -39,7 +39,7 @@ def main() -> None:
         target_ranks([[rows[item] for item in ranked] for ranked in table[side]], test.targets)
         for side in SIDES
     ]
-    bigram = evaluate_baselines(data, test)["bigram"].per_user["ndcg@10"]
+    bigram = per_user_metrics(baseline_ranks(data, "bigram", test))["ndcg@10"]
     users = np.array(test.histories.user_ids)
     gains = [per_user_metrics(ranked)["ndcg@10"] for ranked in ranks]
     names, owner = np.unique(users, return_inverse=True)
