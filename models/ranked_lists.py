@@ -1,5 +1,6 @@
 """The lists that models recommended to held-out users, kept to hold a service's answers against."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def write_lists(
 
 
 def read_lists(path: Path, names: Sequence[str]) -> dict[str, dict[Asked, list[str]]]:
-    """Return the item ids each model recommended, by who was asked for.
+    """Return the item ids each model recommended, by who was asked for. Cases that cannot be told apart, as
+    one item bought again and again after as many others, are left out.
 
     Raises:
         LeanRecError: the file cannot be read or lacks a model.
@@ -59,6 +61,10 @@ def read_lists(path: Path, names: Sequence[str]) -> dict[str, dict[Asked, list[s
         table = pq.read_table(path, columns=["user_id", "target", "history_length", *names])
         columns = table.to_pydict()
         asked = list(zip(columns["user_id"], columns["target"], columns["history_length"], strict=True))
-        return {name: dict(zip(asked, columns[name], strict=True)) for name in names}
+        times = Counter(asked)
+        return {
+            name: {who: ranked for who, ranked in zip(asked, columns[name], strict=True) if times[who] == 1}
+            for name in names
+        }
     except (OSError, pa.ArrowException, KeyError) as error:
         raise LeanRecError(f"{path}: cannot be read as the lists of an evaluation ({error})") from error
