@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from compress.report import cases_in_words, each_user_in_words
 from models.checkpoint import Recommender
 
 
@@ -11,6 +12,7 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
     parameters, shape = report["parameters"], report["shape"]
     full_metrics, pruned_metrics = (report["metrics"][which]["test"] for which in ("full", "pruned"))
     retained = ", ".join(f"{k.upper()} {v:.1%}" for k, v in report["retained"].items() if v is not None)
+    told = each_user_in_words(report)
     front = {
         "base_model": str(full.training.get("base") or full.directory.resolve().name),
         "library_name": "transformers",
@@ -64,9 +66,9 @@ def render_card(report: dict[str, Any], full: Recommender, name: str, data_name:
             for key in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
         ),
         "",
-        f"Measured on {pruned_metrics['users']:,} test users of {data_name} over the full catalogue, by the "
+        f"Measured on {cases_in_words(pruned_metrics)} of {data_name} over the full catalogue, by the "
         "search that serves; 95 % bootstrap intervals in brackets. "
-        f"Retained: {retained or 'not measurable'}.",
+        f"Retained: {retained or 'not measurable'}." + (f" {told[0].upper()}{told[1:]}." if told else ""),
         "",
         *_quantization(report),
         "## Use",

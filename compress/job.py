@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from compress.plan import Plan
 from compress.recipe import Recipe, Stage
-from compress.repeats import has_repeats
 from models.checkpoint import Recommender
 from models.data import Dataset
 from models.vocabulary import Trimmed
@@ -68,8 +67,3 @@ class Run:
     def teacher(self) -> Recommender:
         """The full model under the vocabulary of the result: what is pruned and learnt from."""
         return self.trimmed.recommender if self.trimmed else self.full
-
-    @property
-    def repeats(self) -> float:
-        """The recipe's share of repeats; none for data whose users buy nothing again."""
-        return self.recipe.repeats if has_repeats(self.data.train) else 0.0

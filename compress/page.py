@@ -5,7 +5,7 @@ from typing import Any
 
 from compress.layer_table import HEAD, layer_rows
 from compress.plots import Bar, Line, bar_chart, heat_map, line_chart
-from compress.report import Evidence, stage_names
+from compress.report import Evidence, cases_in_words, each_user_in_words, stage_names
 from compress.style import STYLE
 
 METRICS = ("hr@5", "hr@10", "ndcg@5", "ndcg@10")
@@ -113,11 +113,13 @@ def _metrics_table(report: dict[str, Any]) -> str:
             cells.append(f"{metrics[metric]:.4f}{interval}")
         rows.append([name, *cells])
     tests = {name: report["metrics"][name]["test"] for name in ("full", "pruned")}
-    note = f"{tests['full']['users']:,} users, the full catalogue ranked, 95 % bootstrap intervals."
+    note = f"{cases_in_words(tests['full'])}, the full catalogue ranked, 95 % bootstrap intervals."
     shares = {name: test["exact_share"] for name, test in tests.items() if "exact_share" in test}
     if shares:
         proved = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         note += f" Lists that are proved to be the best ten: {proved}."
+    if told := each_user_in_words(report):
+        note += f" {told[0].upper()}{told[1:]}."
     return _table(["model", *(metric.upper() for metric in METRICS)], rows) + f'<p class="note">{note}</p>'
 
 

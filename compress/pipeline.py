@@ -208,7 +208,7 @@ def _cost(run: Run) -> str:
     """Return in words what the work will take."""
     counts, shares = run.plan.counts, [stage.share for stage in run.stages]
     drawn = run.recipe.drawings * _title_tokens(run.full, run.data)
-    read = min(run.tokens, drawn) * (1 + run.repeats)
+    read = min(run.tokens, drawn)
     reading = 2 * counts[0].total * read
     training = sum(
         share * run.tokens * 6 * count.total for share, count in zip(shares, counts[1:], strict=True)

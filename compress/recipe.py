@@ -61,8 +61,6 @@ class Recipe:
     """share of the titles of a stream that a drawing reads"""
     drawings: int = 2
     """times the training windows are drawn anew: more contexts, each read by the full model once"""
-    repeats: float = 0.0
-    """title tokens, as a share of all drawings', of windows in which a title comes again and again"""
     passes: float = 4.0
     """default budget: title tokens of one drawing, so many times"""
     tokens_per_parameter: float = 1.0

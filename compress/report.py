@@ -1,5 +1,6 @@
 """`report.json` of a compression: one plain object with stable keys."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,7 +45,9 @@ class Evidence:
     tests: dict[str, Any]
     """`full`, `pruned`, `baselines`"""
     compared: dict[str, Paired]
-    """full against pruned, user by user"""
+    """full against pruned, case by case"""
+    each_user_once: dict[str, Paired] | None
+    """the same where every user counts once; None where each has one case"""
     parity: Parity | None
     """None where there was no vLLM to verify in"""
     seed: int
@@ -91,7 +94,8 @@ def make_report(evidence: Evidence) -> dict[str, Any]:
         "stages": stages,
         "metrics": {which: {"test": tests[which]} for which in ("full", "pruned")},
         "retained": {name: evidence.compared[name].retained for name in ("hr@10", "ndcg@10")},
-        "compared": {name: asdict(found) for name, found in evidence.compared.items()},
+        "compared": _paired(evidence.compared),
+        **({"each_user_once": _paired(evidence.each_user_once)} if evidence.each_user_once else {}),
         "baselines": {name: {"test": metrics} for name, metrics in tests["baselines"].items()},
         "verify": asdict(evidence.parity) if evidence.parity else None,
         **({"quantization": _quantization(evidence.quantized, pruned)} if evidence.quantized else {}),
@@ -108,9 +112,36 @@ def stage_names(plan: Plan) -> list[str]:
     return [", ".join(CUT_NAMES[cut] for cut in cuts) or "random weights" for cuts in plan.cuts]
 
 
+def cases_in_words(test: Mapping[str, Any]) -> str:
+    """Return how many cases of how many users were tested."""
+    once = test.get("each_user_once")
+    return f"{test['users']:,} cases of {once['users']:,} users" if once else f"{test['users']:,} users"
+
+
+def each_user_in_words(report: Mapping[str, Any]) -> str | None:
+    """Return how the models compare where every user counts once; None where each has one case."""
+    if "each_user_once" not in report:
+        return None
+    full, pruned = (report["metrics"][which]["test"]["each_user_once"] for which in ("full", "pruned"))
+    told = []
+    for metric in ("hr@10", "ndcg@10"):
+        found = report["each_user_once"][metric]
+        kept, interval = found["retained"], found["retained_ci95"]
+        told.append(
+            f"{metric.upper()} full {full[metric]:.4f}, pruned {pruned[metric]:.4f}"
+            + (f", {kept:.1%}" if kept is not None else "")
+            + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+        )
+    return f"each of {full['users']:,} users counted once: {'; '.join(told)} kept"
+
+
 def _evaluated(point: dict[str, float]) -> dict[str, float]:
     """Return what a point of a curve says of a model, without where it lies."""
     return {name: value for name, value in point.items() if name != "tokens"}
+
+
+def _paired(compared: Mapping[str, Paired]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(found) for name, found in compared.items()}
 
 
 def _retained(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float | None]:

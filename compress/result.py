@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from compress.job import Run
 from compress.measure import Yardstick
 from compress.page import render_page
 from compress.quantize import quantize_recommender
-from compress.report import Evidence, Quantized, make_report
+from compress.report import Evidence, Quantized, each_user_in_words, make_report
 from compress.stages import step_names
 from compress.verify import (
     FP32,
@@ -40,7 +41,7 @@ from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
 from models.golden import write_golden
-from models.metrics import Paired, paired, target_ranks
+from models.metrics import Paired, paired, target_ranks, user_weights
 from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
 from models.transformers_engine import TransformersEngine
@@ -88,7 +89,8 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
     weights = check_parameters(candidate, reached.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32) if run.ranked_by == "vllm" else None
-    tests, compared, lists = _tested(run, work, candidate)
+    tests, lists = _tested(run, work, candidate)
+    compared, once = _compared(run.data.test, lists)
     quantized = None
     if run.quantize != "none":
         candidate, quantized = _quantized(run, work, candidate, weights.bytes, tests["pruned"])
@@ -105,6 +107,7 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
         restored=[finished(work, name) or {} for name in step_names(run.plan)],
         tests=tests,
         compared=compared,
+        each_user_once=once,
         parity=parity,
         seed=run.seed,
         versions=versions(),
@@ -144,6 +147,8 @@ def summary(report: dict[str, Any], out: Path) -> str:
             f"{name}: full {full[name]:.4f}, pruned {pruned[name]:.4f} [{low:.4f}, {high:.4f}], "
             + ("nothing to retain" if retained is None else f"retained {retained:.1%}")
         )
+    if told := each_user_in_words(report):
+        lines.append(told)
     if quantization := report.get("quantization"):
         before, after = (quantization["metrics"][w]["test"] for w in ("unquantized", "quantized"))
         lines.append(
@@ -250,11 +255,8 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
 
 
-def _tested(
-    run: Run, work: Path, candidate: Path
-) -> tuple[dict[str, Any], dict[str, Paired], dict[str, list[list[int]]]]:
-    """Return the test metrics of the full and the pruned model and of the baselines, how the models compare
-    user by user, and their lists."""
+def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
+    """Return the test metrics of the models and of the baselines, and the models' lists."""
     shared = run.shared or work
     with sharing(run.shared):
         baselines = finished(shared, "test-baselines")
@@ -265,9 +267,20 @@ def _tested(
         tested = {"full": _ranked(run, "full", run.full, shared)}
     tested["pruned"] = _ranked(run, "pruned", read_recommender(candidate), work)
     lists = {name: facts["lists"] for name, facts in tested.items()}
-    full, pruned = (target_ranks(lists[name], run.data.test.targets) for name in ("full", "pruned"))
     tests = {"baselines": baselines["baselines"]} | {n: facts["metrics"] for n, facts in tested.items()}
-    return tests, paired(full, pruned, users=run.data.test.histories.user_ids), lists
+    return tests, lists
+
+
+def _compared(
+    test: Examples, lists: Mapping[str, Sequence[Sequence[int]]]
+) -> tuple[dict[str, Paired], dict[str, Paired] | None]:
+    """Return how full and pruned model compare case by case, and with every user counting once where one has
+    several cases."""
+    users = test.histories.user_ids
+    full, pruned = (target_ranks(lists[name], test.targets) for name in ("full", "pruned"))
+    weights = user_weights(users)
+    once = None if weights is None else paired(full, pruned, users=users, weights=weights)
+    return paired(full, pruned, users=users), once
 
 
 def _ranked(run: Run, name: str, recommender: Recommender, place: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The fixed rows that restoration trains on: the same in every stage, so the teacher reads each once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch.utils.data import Dataset
 
 from compress.calibrate import CalibrationBatch
-from compress.repeats import repeated
 from models.checkpoint import Recommender
 from models.data import Sequences
 from models.streams import PackedStreams, StreamConfig
@@ -65,33 +64,20 @@ def make_rows(
     *,
     tokens: int,
     epochs: int,
-    repeats: float = 0.0,
     seed: int,
 ) -> RestorationRows:
-    """Return enough rows for `tokens` title positions, at most those of `epochs` drawings of the windows;
-    then rows of titles that come again and again, with `repeats` as many title positions."""
+    """Return enough rows for `tokens` title positions, at most those of `epochs` drawings of the windows."""
     streams = PackedStreams(sequences, recommender, config, epochs=epochs, seed=seed)
-    rows, counted = _taken(streams, tokens)
-    if repeats:
-        whole = replace(config, row_tokens=streams.row_tokens, keep_share=1.0, piece_titles=None)
-        windows = repeated(sequences, streams.window, seed=seed)
-        more = PackedStreams(windows, recommender, whole, epochs=1, seed=seed)
-        rows += _taken(more, repeats * counted)[0]
-    ids = {name: torch.stack([row[name] for row in rows]).int() for name in STREAM_FIELDS}
-    title_mask = torch.stack([row["next_ids"] >= 0 for row in rows])
-    return RestorationRows(**ids, title_mask=title_mask)
-
-
-def _taken(streams: PackedStreams, tokens: float) -> tuple[list[dict[str, torch.Tensor]], int]:
-    """Return the first rows with so many title positions, and how many they have."""
     rows: list[dict[str, torch.Tensor]] = []
     counted = 0
     for index in range(len(streams)):
-        if counted >= tokens:
-            break
         rows.append(streams[index])
         counted += int((rows[-1]["next_ids"] >= 0).sum())
-    return rows, counted
+        if counted >= tokens:
+            break
+    ids = {name: torch.stack([row[name] for row in rows]).int() for name in STREAM_FIELDS}
+    title_mask = torch.stack([row["next_ids"] >= 0 for row in rows])
+    return RestorationRows(**ids, title_mask=title_mask)
 
 
 def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:

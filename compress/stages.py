@@ -79,7 +79,6 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         _streams(run),
         tokens=run.tokens,
         epochs=run.recipe.drawings,
-        repeats=run.repeats,
         seed=run.seed,
     )
     with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():

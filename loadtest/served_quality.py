@@ -12,7 +12,7 @@ from loadtest import compare, http_json
 from loadtest.answers import problem_with
 from loadtest.deployment import Deployment
 from models.errors import LeanRecError
-from models.metrics import bootstrap_interval, paired, per_user_metrics, target_ranks
+from models.metrics import intervals, means, paired, per_user_metrics, target_ranks
 
 K = 10
 SIDES = ("full", "pruned")
@@ -162,10 +162,11 @@ def _ask(deployment: Deployment, item_ids: frozenset[str], history: Sequence[str
 
 
 def _metrics(ranks: np.ndarray, users: Sequence[str], seed: int) -> dict[str, Any]:
-    values = per_user_metrics(ranks)
+    of_ten = per_user_metrics(ranks)
+    values = {metric: of_ten[metric] for metric in METRICS}
     return {
-        **{metric: float(values[metric].mean()) for metric in METRICS},
-        "ci95": {metric: bootstrap_interval(values[metric], seed, users=users) for metric in METRICS},
+        **means(values),
+        "ci95": intervals(values, users, seed=seed),
     }
 
 

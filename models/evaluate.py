@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from models.baselines import rank_by_bigram, rank_by_popularity
 from models.checkpoint import Recommender
 from models.data import Dataset, Examples
 from models.engine import Engine
-from models.metrics import bootstrap_interval, per_user_metrics, target_ranks
+from models.metrics import each_user_once, intervals, means, per_user_metrics, target_ranks
 from models.search import SearchRequest
 
 K = 10
@@ -24,7 +25,6 @@ class Evaluation:
     """hr@5, hr@10, ndcg@5, ndcg@10"""
     ci95: dict[str, tuple[float, float]]
     """Bootstrap interval of each metric"""
-    per_user: dict[str, np.ndarray]
     ranks: np.ndarray
     """1-based rank of each user's target, 0 where it is not among the first ten, int64 `[users]`"""
     lists: Sequence[Sequence[int]]
@@ -33,15 +33,18 @@ class Evaluation:
     exact_share: float
     later_day: dict[str, float]
     """The metrics on users whose target's day is later than their history's last"""
+    each_user_once: dict[str, Any] | None
+    """The metrics where a user with several cases counts as one with a single case, and how many users"""
 
     def to_json(self) -> dict[str, object]:
-        """Return the metrics, `users`, `ci95` and `exact_share` as one JSON object."""
+        """Return all but ranks and lists as one JSON object; `users` are cases."""
         return {
             **self.metrics,
             "users": self.users,
             "ci95": {name: list(interval) for name, interval in self.ci95.items()},
             "exact_share": self.exact_share,
             "later_day": self.later_day,
+            **({"each_user_once": self.each_user_once} if self.each_user_once else {}),
         }
 
 
@@ -82,21 +85,18 @@ def evaluate_baselines(data: Dataset, examples: Examples) -> dict[str, Evaluatio
 
 def _evaluation(ranked: Sequence[Sequence[int]], examples: Examples, exact_share: float) -> Evaluation:
     ranks = target_ranks(ranked, examples.targets)
-    per_user = per_user_metrics(ranks)
+    values, users = per_user_metrics(ranks), examples.histories.user_ids
     later = examples.later_day
     return Evaluation(
-        metrics={name: float(values.mean()) for name, values in per_user.items()},
-        ci95={
-            name: bootstrap_interval(values, users=examples.histories.user_ids)
-            for name, values in per_user.items()
-        },
-        per_user=per_user,
+        metrics=means(values),
+        ci95=intervals(values, users),
         ranks=ranks,
         lists=ranked,
         users=len(examples),
         exact_share=exact_share,
         later_day={
             "users": int(later.sum()),
-            **{n: float(v[later].mean()) for n, v in per_user.items() if later.any()},
+            **(means({name: found[later] for name, found in values.items()}) if later.any() else {}),
         },
+        each_user_once=each_user_once(ranks, users),
     )

@@ -61,7 +61,12 @@ def main(argv: list[str] | None = None) -> int:
             for metric, (low, high) in row.ci95.items()
         )
         print(f"{name:<11}" + "  ".join(cells))
-    print(f"the ten are proved to be the best for {found.exact_share:.1%} of {found.users:,} users")
+    cases = "users"
+    if once := found.each_user_once:
+        means = "  ".join(f"{metric} {once[metric]:.4f}" for metric in found.metrics)
+        print(f"model, each of {once['users']:,} users counted once: {means}")
+        cases = "cases"
+    print(f"the ten are proved to be the best for {found.exact_share:.1%} of {found.users:,} {cases}")
     if options.json:
         write_json(options.json, result)
     return 0

@@ -111,7 +111,7 @@ def full_model(chosen: Set, data: str) -> Path:
 def _shared(asked: Asked, folder: Path) -> Path:
     """Return where runs keep what the full model said of the same rows."""
     recipe = {**RECIPES, **ABLATIONS}.get(asked.recipe, RECIPES["leanrec"])
-    drawn = f"{recipe.drawings}x{recipe.keep_titles}" + (f"+{recipe.repeats}" if recipe.repeats else "")
+    drawn = f"{recipe.drawings}x{recipe.keep_titles}"
     return folder / f"shared-{asked.seed}-{asked.budget}-{drawn}"
 
 

@@ -47,8 +47,6 @@ ABLATIONS: dict[str, Recipe] = {
         batch_tokens=1024,
         stages=(*_DEFAULT.stages[:2], replace(_DEFAULT.stages[2], learning_rate=2e-3)),
     ),
-    "repeats": replace(_DEFAULT, repeats=0.05),
-    "random-repeats": replace(RECIPES["random"], repeats=0.05),
     "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
     "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),

@@ -11,51 +11,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality.rows import HERE, Row, read_rows
+from benchmarks.quality.titles import ORDER, TITLES
 from benchmarks.table import Table, page
 from compress.plots import Line, line_chart
 from compress.style import STYLE
 from models.atomic import write_text
 
-TITLES = {
-    "full": "full model",
-    "leanrec": "LeanRec",
-    "per-layer": "LeanRec, layers that differ",
-    "prunerec": "published method (arXiv 2507.07064)",
-    "one-stage": "all cuts, restored once",
-    "depth-only": "depth only",
-    "width-only": "width only",
-    "random": "random weights, distilled",
-    "random-targets": "random weights, targets only",
-    "written-random": "random weights, distilled, half on streams that the full model wrote",
-    "no-repair": "LeanRec without weight repair",
-    "pca": "LeanRec, hidden width by PCA alone",
-    "channels": "LeanRec, hidden width by channels alone",
-    "published-rate": "the published method, last stage at 4e-3",
-    "published-scores": "LeanRec with the published scores",
-    "vocabulary-kl": "LeanRec, KL over the vocabulary",
-    "both-kl": "LeanRec, half of either KL",
-    "list-wise": "LeanRec, half the loss the teacher's order of first tokens",
-    "hidden-states": "LeanRec, likeness of hidden states in the loss too",
-    "two-stages": "LeanRec in two stages",
-    "learned-projection": "LeanRec, hidden width by a learnt projection",
-    "learned-most": "LeanRec, learnt projection, last restored from three quarters of its weights",
-    "learned-as-cut": "LeanRec, learnt projection, last restored from the weights as cut, at 2e-3",
-    "second-shape": "LeanRec, the second shape by its rule (2 layers of 48)",
-    "third-shape": "LeanRec, the third shape by its rule (1 layer of 64)",
-    "fourth-shape": "LeanRec, the fourth shape by its rule (3 layers of 48)",
-    "more-rows": "LeanRec, width and MLP cut on 256 rows instead of 64",
-    "more-drawings": "LeanRec, eight drawings of the streams instead of two",
-    "small-steps": "LeanRec, a quarter of the tokens a step",
-    "dropped-titles": "LeanRec, each drawing of the streams without a fifth of their titles",
-    "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",
-    "halving": "LeanRec, half the layers first, mended; the rest restored as cut, in smaller steps",
-    "same-rate": "LeanRec, early stages at one learning rate whatever the depth",
-    "as-cut": "LeanRec, restored from the weights as they were cut",
-    "bigram": "last-item bigram",
-    "popularity": "popularity",
-    "sasrec": "SASRec",
-}
-ORDER = list(TITLES)
 METRICS = ("hr@10", "ndcg@10")
 
 
@@ -131,6 +92,9 @@ def _mean(rows: Sequence[Row], *path: str) -> float | None:
 def _quality_table(data: str, rows: Sequence[Row]) -> Table:
     cells = [["Recipe", "Target", "Kept", "All parameters", "Tokens", "Seeds", "HR@10", "NDCG@10", "NLL"]]
     cells[0] += ["NDCG@10, a later day", "Proved", "HR@10 kept", "NDCG@10 kept", "NDCG@10 lost, paired"]
+    users_once = next((row["each_user_once"]["users"] for row in rows if "each_user_once" in row), None)
+    if users_once:
+        cells[0] += ["NDCG@10, each user once", "kept, each user once"]
     for (recipe, target, tokens), group in _groups(rows).items():
         kept = _mean(group, "kept_non_embedding")
         total = _mean(group, "total_parameters")
@@ -148,6 +112,7 @@ def _quality_table(data: str, rows: Sequence[Row]) -> Table:
                 _figure(_mean(group, "exact_share"), ".1%"),
                 *(_retained(group, metric) for metric in METRICS),
                 _lost(group),
+                *(_each_user_once(group) if users_once else ()),
             ]
         )
     users = rows[0]["users"]
@@ -160,6 +125,11 @@ def _quality_table(data: str, rows: Sequence[Row]) -> Table:
         "those that are served. A full model without rankings was ranked on a GPU by a search that ended too "
         "soon."
     )
+    if users_once:
+        note += (
+            f" What is called users here are cases of {users_once:,} users, some with dozens. Each user "
+            "once: the mean over users of each one's mean, where the lists were kept."
+        )
     return Table(f"Quality: {data}", note, cells, _curves(rows))
 
 
@@ -181,6 +151,19 @@ def _retained(group: Sequence[Row], metric: str) -> str:
         return ""
     interval = group[0]["compared"][metric]["retained_ci95"]
     return f"{found:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+
+
+def _each_user_once(group: Sequence[Row]) -> tuple[str, str]:
+    found = _mean(group, "each_user_once", "ndcg@10")
+    if found is None:
+        return "", ""
+    low, high = group[0]["each_user_once"]["ci95"]["ndcg@10"]
+    stated = f"{found:.4f} [{low:.4f}, {high:.4f}]"
+    kept = _mean(group, "compared_once", "ndcg@10", "retained")
+    if kept is None:
+        return stated, ""
+    interval = group[0]["compared_once"]["ndcg@10"]["retained_ci95"]
+    return stated, f"{kept:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
 
 
 def _lost(group: Sequence[Row]) -> str:

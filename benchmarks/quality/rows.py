@@ -66,7 +66,8 @@ def compression_row(
         **_quality(tested),
         "ranked_by": "vllm" if report["verify"] else "transformers",
         "retained": report["retained"],
-        "compared": {name: report["compared"][name] for name in ("hr@10", "ndcg@10")},
+        "compared": _compared(report["compared"]),
+        **({"compared_once": _compared(report["each_user_once"])} if "each_user_once" in report else {}),
         "curve": [point for stage in stages for point in stage["curve"]],
         "cut_nll": [stage["metrics"]["cut"]["nll"] for stage in stages],
         "data_sha256": settings["data_sha256"],
@@ -130,7 +131,12 @@ def _quality(tested: Mapping[str, Any]) -> Row:
         "users": tested["users"],
         "exact_share": tested.get("exact_share"),
         "later_day": tested["later_day"],
+        **({"each_user_once": tested["each_user_once"]} if "each_user_once" in tested else {}),
     }
+
+
+def _compared(found: Mapping[str, Any]) -> Row:
+    return {name: found[name] for name in ("hr@10", "ndcg@10")}
 
 
 def _place() -> Row:

@@ -8,7 +8,7 @@ import numpy as np
 
 from models.baselines import rank_by_bigram, rank_by_popularity
 from models.data import Dataset, Examples
-from models.metrics import bootstrap_interval, per_user_metrics, target_ranks
+from models.metrics import each_user_once, intervals, means, per_user_metrics, target_ranks
 
 K = 10
 
@@ -19,22 +19,20 @@ def figures(ranks: np.ndarray, examples: Examples) -> dict[str, Any]:
     Args:
         ranks: `[examples]`: 1 for a target at the head of its list, 0 for one not in it.
     """
-    per_user = per_user_metrics(ranks)
-    later = examples.later_day
+    users, later = examples.histories.user_ids, examples.later_day
+    once = each_user_once(ranks, users)
     return {
         "users": len(examples),
-        "metrics": means(ranks),
-        "ci95": {
-            name: list(bootstrap_interval(values, users=examples.histories.user_ids))
-            for name, values in per_user.items()
-        },
-        "later_day": {"users": int(later.sum()), **(means(ranks[later]) if later.any() else {})},
+        "metrics": mean_metrics(ranks),
+        "ci95": {name: list(found) for name, found in intervals(per_user_metrics(ranks), users).items()},
+        "later_day": {"users": int(later.sum()), **(mean_metrics(ranks[later]) if later.any() else {})},
+        **({"each_user_once": once} if once else {}),
     }
 
 
-def means(ranks: np.ndarray) -> dict[str, float]:
+def mean_metrics(ranks: np.ndarray) -> dict[str, float]:
     """Return HR and NDCG at 5 and 10."""
-    return {name: float(values.mean()) for name, values in per_user_metrics(ranks).items()}
+    return means(per_user_metrics(ranks))
 
 
 def baseline_ranks(data: Dataset, contender: str, examples: Examples) -> np.ndarray:
@@ -46,7 +44,7 @@ def baseline_ranks(data: Dataset, contender: str, examples: Examples) -> np.ndar
 def baseline_row(data: Dataset, contender: str, facts: dict[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """Return a baseline's row, and its ranks of the test targets."""
     began = time.monotonic()
-    valid = means(baseline_ranks(data, contender, data.valid))
+    valid = mean_metrics(baseline_ranks(data, contender, data.valid))
     ranks = baseline_ranks(data, contender, data.test)
     row = {
         "data": facts["data"],

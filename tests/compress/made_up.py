@@ -62,6 +62,7 @@ def make_evidence() -> Evidence:
             "baselines": {"popularity": on_test_users(0.03), "bigram": on_test_users(0.05)},
         },
         compared=paired(np.array([1, 0, 2, 3]), np.array([2, 0, 2, 0])),
+        each_user_once=None,
         parity=Parity("vllm", 32, True, 2e-6),
         seed=0,
         versions={"torch": "2"},

@@ -16,7 +16,6 @@ from compress.restore import Course, Restored
 from compress.stages import _ranks, _streams, run_stages, step_names
 from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
-from models.metrics import bootstrap_interval, paired
 from tests.tiny import make_tiny_recommender
 
 
@@ -152,38 +151,3 @@ def test_restoration_reads_pieces_where_the_full_model_did(full):
     in_pieces = replace(plain.full, training={**plain.full.training, "piece_titles": 3.0})
     assert _streams(replace(plain, full=in_pieces)).piece_titles == 3
     assert _streams(plain).piece_titles is None
-
-
-def test_paired_intervals_see_what_separate_ones_do_not():
-    generator = torch.Generator().manual_seed(0)
-    first = torch.randint(0, 11, (400,), generator=generator).numpy()
-    second = first.copy()
-    lost = (first > 0).nonzero()[0][:40]
-    second[lost] = 0
-    found = paired(first, second)["hr@10"]
-    assert found.difference == pytest.approx(40 / 400)
-    low, high = found.difference_ci95
-    assert 0.07 < low < 0.1 < high < 0.14
-    assert found.retained == pytest.approx(1 - 40 / (first > 0).sum())
-    same = paired(first, first)["ndcg@10"]
-    assert same.difference_ci95 == (0.0, 0.0)
-    assert same.retained_ci95 == (1.0, 1.0)
-    assert paired(first * 0, second)["hr@10"].retained is None
-
-
-def test_what_one_user_does_again_and_again_is_no_new_evidence():
-    generator = torch.Generator().manual_seed(0)
-    ranks = torch.randint(0, 11, (400,), generator=generator).numpy()
-    ranks[:40] = 1
-    lost = ranks.copy()
-    lost[:40] = 0
-    others = [str(n) for n in range(360)]
-    apart = paired(ranks, lost, users=[*(f"once-{n}" for n in range(40)), *others])["hr@10"]
-    again = paired(ranks, lost, users=["again"] * 40 + others)["hr@10"]
-    assert apart.difference_ci95 == pytest.approx(paired(ranks, lost)["hr@10"].difference_ci95, abs=0.02)
-    assert again.difference == apart.difference
-    assert again.difference_ci95[0] == 0, "without that user nothing is lost"
-    assert apart.difference_ci95[0] > 0.07
-    hits = (ranks > 0).astype(float)
-    narrow, wide = bootstrap_interval(hits), bootstrap_interval(hits, users=["again"] * 40 + others)
-    assert wide[1] - wide[0] > narrow[1] - narrow[0]

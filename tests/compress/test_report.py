@@ -16,7 +16,7 @@ from compress.plots import Bar, Line, bar_chart, heat_map, line_chart, short_num
 from compress.report import make_report
 from compress.result import summary
 from models.checkpoint import read_recommender
-from models.metrics import paired
+from models.metrics import each_user_once, paired, user_weights
 from tests.browser.compressions import COMPRESSIONS
 from tests.compress.made_up import PLAN, make_evidence
 from tests.tiny import make_tiny_recommender
@@ -61,6 +61,29 @@ def test_a_full_model_that_hits_nothing_has_no_retention(evidence):
     assert report["retained"]["ndcg@10"] is None
     assert "NDCG@10" not in render_page(report, evidence).split("</p>")[0]
     assert "nothing to retain" in summary(report, Path("out"))
+
+
+def test_where_a_user_has_several_cases_each_user_counted_once_stands_beside(evidence, tmp_path):
+    users = ["often", "often", "often", "once"]
+    full, pruned = np.array([1, 2, 3, 1]), np.array([0, 0, 0, 1])
+    tests = dict(evidence.tests)
+    for which, ranks in (("full", full), ("pruned", pruned)):
+        tests[which] = {**tests[which], "each_user_once": each_user_once(ranks, users)}
+    once = paired(full, pruned, users=users, weights=user_weights(users))
+    several = replace(evidence, tests=tests, each_user_once=once)
+    report = make_report(several)
+    assert report["each_user_once"]["hr@10"]["retained"] == pytest.approx(0.5)
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    for text in (
+        summary(report, Path("out")),
+        render_page(report, several),
+        render_card(report, read_recommender(tmp_path / "full"), "pruned", "data"),
+    ):
+        assert "ach of 2 users counted once: HR@10 full 1.0000, pruned 0.5000, 50.0% [0.0%, 100.0%]" in text
+    assert "60 cases of 2 users" in render_page(report, several)
+    alone = render_page(make_report(evidence), evidence)
+    assert "counted once" not in alone
+    assert "60 users" in alone
 
 
 class Strict(HTMLParser):

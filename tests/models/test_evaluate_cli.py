@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from models.checkpoint import read_recommender
@@ -33,6 +35,29 @@ def test_quality_stands_beside_the_baselines(
     *_, model, popularity, of_bigram, proved = printed.splitlines()
     assert [line.split()[0] for line in (model, popularity, of_bigram)] == ["model", "popularity", "bigram"]
     assert f"for {found['model']['exact_share']:.1%} of {len(data.test)} users" in proved
+
+
+def test_of_users_with_several_cases_each_is_counted_once_as_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tiny_recommender(tmp_path / "full", num_layers=1)
+    folder = Path(str(read_recommender(tmp_path / "full").training["data"]))
+    items = pq.read_table(folder / "items.parquet")["item_id"].to_pylist()
+    for part, count in (("train", 12), ("valid", 4), ("test", 9)):
+        rows = {
+            "user_id": [f"u{row // 3}" for row in range(count)],
+            "history_item_ids": [items[row : row + 3] for row in range(count)],
+            "target_item_id": [items[row + 3] for row in range(count)],
+            "timestamp": [1_000_000_000 + 100_000 * row for row in range(count)],
+        }
+        pq.write_table(pa.table(rows), folder / f"{part}.parquet")
+    result = tmp_path / "quality.json"
+    assert main(["--model", str(tmp_path / "full"), "--engine", "transformers", "--json", str(result)]) == 0
+    found = json.loads(result.read_text())["model"]
+    assert (found["users"], found["each_user_once"]["users"]) == (9, 3)
+    printed = capsys.readouterr().out
+    assert f"each of 3 users counted once: hr@5 {found['each_user_once']['hr@5']:.4f}" in printed
+    assert "of 9 cases" in printed
 
 
 def test_other_items_than_the_models_are_refused(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import pytest
 from benchmarks.quality import page, rows
 from benchmarks.quality.__main__ import Asked, _shared
 from benchmarks.quality.ablations import ABLATIONS
-from benchmarks.quality.page import ORDER, write_pages
+from benchmarks.quality.page import write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, key_of, read_rows
 from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS
+from benchmarks.quality.titles import ORDER
 from compress.recipe import RECIPES
 
 INTERVALS = {name: [0.1, 0.2] for name in ("hr@5", "hr@10", "ndcg@5", "ndcg@10")}
@@ -117,6 +118,29 @@ def test_a_ranking_that_is_not_there_is_left_out(results):
     assert [cells["| full model"][name] for name in ("NDCG@10", "NLL", "Proved")] == ["", "5.500", ""]
     assert cells["| LeanRec"]["Proved"] == "75.0%"
     assert cells["| LeanRec"]["NDCG@10"].startswith("0.0900 [")
+
+
+def test_each_user_counted_once_has_columns_where_users_have_several_cases(results):
+    write_pages()
+    assert "each user once" not in (results / "README.md").read_text()
+    found = report(0.085)
+    for which, ndcg in (("full", 0.06), ("pruned", 0.054)):
+        found["metrics"][which]["test"]["each_user_once"] = {"users": 20, "ndcg@10": ndcg, "ci95": INTERVALS}
+    found["each_user_once"] = {
+        name: {**compared, "retained": 0.93, "retained_ci95": [0.85, 1.01]}
+        for name, compared in found["compared"].items()
+    }
+    keep_row(compression_row(found, base="demo", settings=settings()))
+    keep_row(full_row(found, results / "model", settings=settings()))
+    write_pages()
+    text = (results / "README.md").read_text()
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    names = next(line for line in lines if line[0] == "Recipe")
+    assert names[-2:] == ["NDCG@10, each user once", "kept, each user once"]
+    of = {line[0]: line[-2:] for line in lines}
+    assert of["LeanRec"] == ["0.0540 [0.1000, 0.2000]", "93.0% [85.0%, 101.0%]"]
+    assert "cases of 20 users" in text
+    assert "0.0600 [0.1000, 0.2000]" in of["full model"], "with nothing kept to tell"
 
 
 def test_runs_share_the_full_models_reading_where_they_read_the_same_rows():
