@@ -3,6 +3,10 @@
 What a cut leaves of a trained model has weights of every size, where new ones are all alike. Distillation
 from there is slow, and after a deep cut slower than from random weights (`as-cut` in `benchmarks/quality`).
 Source: shrink and perturb, Ash and Adams (arXiv 1910.08475).
+
+A pretrained model's embedding is many times larger than a new one, and much of it is one direction that all
+tokens share: what layers of new size add drowns in it, and steps made for new weights hardly move it. Made
+as small as a new one and equally wide in every direction it still says which tokens are alike.
 """
 
 import math
@@ -21,13 +25,14 @@ _READERS = {
 
 @torch.no_grad()
 def shrink_and_perturb(model: PreTrainedModel, *, keep: float, seed: int) -> None:
-    """Rewrite the decoder layers in place; embedding, final norm and head stay.
+    """Rewrite the model in place.
 
-    Norms are folded into the matrices that read them. Each matrix W `[out, in]` becomes
-    keep * W * std(fresh) / std(W) + sqrt(1 - keep^2) * fresh, with the standard deviation of a new model.
+    Norms of the decoder layers are folded into the matrices that read them, and each of their matrices W
+    `[out, in]` becomes keep * W * std(fresh) / std(W) + sqrt(1 - keep^2) * fresh, with the standard deviation
+    of a new model. Embedding and head are whitened to that size, and the final norm weighs nothing.
 
     Args:
-        keep: share of the pruned weights, as an amplitude, 0 to 1.
+        keep: share of the pruned weights of the layers, as an amplitude, 0 to 1.
         seed: of the fresh weights.
     """
     fresh = fresh_model(model.config, seed)
@@ -41,6 +46,23 @@ def shrink_and_perturb(model: PreTrainedModel, *, keep: float, seed: int) -> Non
                 module.weight.mul_(scale).add_(other, alpha=math.sqrt(1 - keep**2))
                 if module.bias is not None:
                     module.bias.mul_(scale)
+    model.model.norm.weight.fill_(1.0)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for table in (embedding,) if head is embedding else (embedding, head):
+        whitened = _whitened(table)
+        table.copy_(whitened * (fresh.get_input_embeddings().weight.std() / whitened.std()).to(whitened))
+
+
+def _whitened(table: torch.Tensor) -> torch.Tensor:
+    """Return a table `[tokens, hidden]` without its mean row and equally wide in every direction it uses.
+
+    X (X^T X)^(-1/2): of all tables that are, the nearest, in the basis that the layers were cut in.
+    """
+    centred = table.double() - table.double().mean(0)
+    widths, directions = torch.linalg.eigh(centred.T @ centred)
+    used = widths > 1e-9 * widths.max()
+    inverse = torch.where(used, widths, 1.0).rsqrt() * used
+    return centred @ (directions * inverse) @ directions.T
 
 
 def _fold_norms(layer: nn.Module) -> None:

@@ -58,8 +58,40 @@ def test_with_everything_kept_only_the_sizes_change():
             assert torch.cosine_similarity(before.flatten(), after.flatten(), 0) > 0.9999
         assert (layer.input_layernorm.weight == 1).all()
         assert (layer.post_attention_layernorm.weight == 1).all()
-    for same in ("embed_tokens.weight", "norm.weight"):
-        assert torch.equal(model.model.get_parameter(same), old.model.get_parameter(same))
+    assert (model.model.norm.weight == 1).all()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_are_as_small_as_new_and_equally_wide_in_every_direction(tied):
+    config = LlamaConfig(**{**SIZES, "vocab_size": 300, "tie_word_embeddings": tied})
+    old, model = trained(config), trained(config)
+    with torch.no_grad():
+        for made in (old, model):
+            for table in (made.get_input_embeddings(), made.get_output_embeddings()):
+                table.weight.mul_(torch.linspace(0.1, 9, 48)).add_(5)
+    shrink_and_perturb(model, keep=0.5, seed=0)
+    fresh = fresh_model(config, 0).get_input_embeddings().weight.std().item()
+    for of in (LlamaForCausalLM.get_input_embeddings, LlamaForCausalLM.get_output_embeddings):
+        before, after = (of(made).weight.detach().double() for made in (old, model))
+        assert after.std().item() == pytest.approx(fresh, rel=1e-3)
+        assert after.mean(0).abs().max() < 1e-6
+        widths = torch.linalg.eigvalsh(after.T @ after)
+        assert (widths[-1] / widths[0]).item() == pytest.approx(1, rel=1e-3)
+        # The nearest such table: what is left to get from one to the other turns nothing.
+        stretch = (before - before.mean(0)).T @ after
+        torch.testing.assert_close(stretch, stretch.T, rtol=1e-3, atol=1e-3)
+        assert (torch.linalg.eigvalsh(stretch) > 0).all()
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+
+def test_a_direction_that_no_token_uses_stays_empty():
+    model = trained(LlamaConfig(**{**SIZES, "vocab_size": 300}))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 7] = 3.0  # all alike: the mean row's alone
+    shrink_and_perturb(model, keep=0.5, seed=0)
+    table = model.get_input_embeddings().weight
+    assert table[:, 7].abs().max() < 1e-6
+    assert table.isfinite().all()
 
 
 def test_folding_the_norms_changes_no_answer():
