@@ -41,7 +41,7 @@ from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
 from models.golden import write_golden
-from models.metrics import Paired, paired, target_ranks, user_weights
+from models.metrics import Paired, each_user_once, paired, target_ranks, user_weights
 from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
 from models.transformers_engine import TransformersEngine
@@ -267,7 +267,12 @@ def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict
         tested = {"full": _ranked(run, "full", run.full, shared)}
     tested["pruned"] = _ranked(run, "pruned", read_recommender(candidate), work)
     lists = {name: facts["lists"] for name, facts in tested.items()}
-    tests = {"baselines": baselines["baselines"]} | {n: facts["metrics"] for n, facts in tested.items()}
+    tests = {"baselines": baselines["baselines"]}
+    for name, facts in tested.items():
+        # Told anew: rankings that an earlier version kept do not have it.
+        ranks = target_ranks(lists[name], run.data.test.targets)
+        once = each_user_once(ranks, run.data.test.histories.user_ids)
+        tests[name] = facts["metrics"] | ({"each_user_once": once} if once else {})
     return tests, lists
 
 

@@ -1,13 +1,15 @@
 """Whose cases, and which, a pruned model loses what it loses on: NDCG@10 of a compression's test lists.
 
-    python -m benchmarks.quality.losses --run DIR --data D [--users 2]
+    python -m benchmarks.quality.losses --run DIR --data D [--users 2] [--other DIR]
 
 Some data have many cases of one user, who may do one thing again and again. Prints JSON: all cases, those
 whose item is the last of the history again, the others, and all without the users that lose most together.
+With another result, also what this one gains on it, over cases and with each user counted once.
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from benchmarks.quality.sasrec_rows import baseline_ranks
-from models.data import load_data
-from models.metrics import paired, per_user_metrics, target_ranks
+from models.data import Dataset, load_data
+from models.metrics import paired, per_user_metrics, target_ranks, user_weights
 from models.ranked_lists import RANKED_LISTS
 
 SIDES = ("full", "pruned")
@@ -28,17 +30,11 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="directory that `compress` wrote")
     parser.add_argument("--data", required=True)
     parser.add_argument("--users", type=int, default=2, help="how many of those that lose most to leave out")
+    parser.add_argument("--other", type=Path, help="another result: how the pruned models compare")
     options = parser.parse_args()
     data = load_data(options.data)
-    test, ids = data.test, data.catalog.item_ids
-    table = pq.read_table(options.run / RANKED_LISTS).to_pydict()  # in the order of the test part
-    if table["target"] != [ids[target] for target in test.targets]:
-        raise SystemExit(f"losses: {options.run} was not tested on {options.data}")
-    rows = data.catalog.row_of
-    ranks = [
-        target_ranks([[rows[item] for item in ranked] for ranked in table[side]], test.targets)
-        for side in SIDES
-    ]
+    test = data.test
+    ranks = _ranks(options.run, data)
     bigram = per_user_metrics(baseline_ranks(data, "bigram", test))["ndcg@10"]
     users = np.array(test.histories.user_ids)
     gains = [per_user_metrics(ranked)["ndcg@10"] for ranked in ranks]
@@ -69,7 +65,29 @@ def main() -> None:
         },
         "without them": of(~np.isin(owner, most)),
     }
+    if options.other:
+        theirs = _ranks(options.other, data)[1]
+        names_of = users.tolist()
+        result["gained on the other"] = {
+            how: {name: asdict(found) for name, found in compared.items()}
+            for how, compared in (
+                ("over cases", paired(ranks[1], theirs, users=names_of)),
+                ("each user once", paired(ranks[1], theirs, users=names_of, weights=user_weights(names_of))),
+            )
+        }
     print(json.dumps(result, indent=1))
+
+
+def _ranks(run: Path, data: Dataset) -> list[np.ndarray]:
+    """Return each test target's rank by the full and by the pruned model."""
+    test, ids, rows = data.test, data.catalog.item_ids, data.catalog.row_of
+    table = pq.read_table(run / RANKED_LISTS).to_pydict()  # in the order of the test part
+    if table["target"] != [ids[target] for target in test.targets]:
+        raise SystemExit(f"losses: {run} was not tested on these data")
+    return [
+        target_ranks([[rows[item] for item in ranked] for ranked in table[side]], test.targets)
+        for side in SIDES
+    ]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ TITLES = {
     "random-targets": "random weights, targets only",
     "written-random": "random weights, distilled, half on streams that the full model wrote",
     "random-repeats": "random weights, distilled, one row in twenty of titles again and again",
-    "random-more-drawings": "random weights, distilled, four drawings of the streams instead of two",
+    "embedding-as-cut": "LeanRec, embedding, final norm and head as they were cut",
     "no-repair": "LeanRec without weight repair",
     "pca": "LeanRec, hidden width by PCA alone",
     "channels": "LeanRec, hidden width by channels alone",
