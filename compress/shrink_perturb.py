@@ -4,9 +4,10 @@ What a cut leaves of a trained model has weights of every size, where new ones a
 from there is slow, and after a deep cut slower than from random weights (`as-cut` in `benchmarks/quality`).
 Source: shrink and perturb, Ash and Adams (arXiv 1910.08475).
 
-A pretrained model's embedding is many times larger than a new one, and much of it is one direction that all
-tokens share: what layers of new size add drowns in it, and steps made for new weights hardly move it. Made
-as small as a new one and equally wide in every direction it still says which tokens are alike.
+A pretrained model's embedding may be several times larger than a new one and half of it one direction that
+all tokens share: what layers of new size add drowns in it. As small as a new one and equally wide in every
+direction it still says which tokens are alike (`embedding-as-cut`, and `embedding-like-new` for a model
+whose embedding is better left alone).
 """
 
 import math
@@ -16,6 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.rebuild import fresh_model
+
+ONE_DIRECTION = 0.4
+"""of an embedding's squares along one direction, from where it is in the way: SmolLM2-135M's has half there,
+that of a model trained from scratch on titles alone a quarter, and loses by being made anew"""
 
 _READERS = {
     "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -29,7 +34,8 @@ def shrink_and_perturb(model: PreTrainedModel, *, keep: float, seed: int) -> Non
 
     Norms of the decoder layers are folded into the matrices that read them, and each of their matrices W
     `[out, in]` becomes keep * W * std(fresh) / std(W) + sqrt(1 - keep^2) * fresh, with the standard deviation
-    of a new model. Embedding and head are whitened to that size, and the final norm weighs nothing.
+    of a new model. An embedding that is mostly one direction is whitened to that size; where it is the head
+    too, the final norm then weighs nothing. Otherwise embedding, final norm and head stay.
 
     Args:
         keep: share of the pruned weights of the layers, as an amplitude, 0 to 1.
@@ -46,11 +52,19 @@ def shrink_and_perturb(model: PreTrainedModel, *, keep: float, seed: int) -> Non
                 module.weight.mul_(scale).add_(other, alpha=math.sqrt(1 - keep**2))
                 if module.bias is not None:
                     module.bias.mul_(scale)
-    model.model.norm.weight.fill_(1.0)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    for table in (embedding,) if head is embedding else (embedding, head):
-        whitened = _whitened(table)
-        table.copy_(whitened * (fresh.get_input_embeddings().weight.std() / whitened.std()).to(whitened))
+    embedding = model.get_input_embeddings().weight
+    if _largest_share(embedding) > ONE_DIRECTION:
+        whitened = _whitened(embedding)
+        new = fresh.get_input_embeddings().weight
+        embedding.copy_(whitened * (new.std().to(whitened) / whitened.std()))
+        if model.get_output_embeddings().weight is embedding:
+            model.model.norm.weight.fill_(1.0)
+
+
+def _largest_share(table: torch.Tensor) -> float:
+    """Return the part of a table's squares `[tokens, hidden]` that lies along one direction, the largest."""
+    widths = torch.linalg.eigvalsh(table.double().T @ table.double())
+    return float(widths[-1] / widths.sum())
 
 
 def _whitened(table: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ TITLES = {
     "written-random": "random weights, distilled, half on streams that the full model wrote",
     "random-repeats": "random weights, distilled, one row in twenty of titles again and again",
     "embedding-as-cut": "LeanRec, embedding, final norm and head as they were cut",
+    "embedding-like-new": "LeanRec, embedding as small as a new one and equally wide in every direction",
     "no-repair": "LeanRec without weight repair",
     "pca": "LeanRec, hidden width by PCA alone",
     "channels": "LeanRec, hidden width by channels alone",

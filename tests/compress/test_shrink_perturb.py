@@ -58,39 +58,58 @@ def test_with_everything_kept_only_the_sizes_change():
             assert torch.cosine_similarity(before.flatten(), after.flatten(), 0) > 0.9999
         assert (layer.input_layernorm.weight == 1).all()
         assert (layer.post_attention_layernorm.weight == 1).all()
-    assert (model.model.norm.weight == 1).all()
+    for same in ("embed_tokens.weight", "norm.weight"):
+        assert torch.equal(model.model.get_parameter(same), old.model.get_parameter(same))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_embedding_and_head_are_as_small_as_new_and_equally_wide_in_every_direction(tied):
+def test_an_embedding_of_mostly_one_direction_becomes_as_small_as_new_and_equally_wide(tied):
     config = LlamaConfig(**{**SIZES, "vocab_size": 300, "tie_word_embeddings": tied})
     old, model = trained(config), trained(config)
     with torch.no_grad():
         for made in (old, model):
-            for table in (made.get_input_embeddings(), made.get_output_embeddings()):
-                table.weight.mul_(torch.linspace(0.1, 9, 48)).add_(5)
+            made.get_input_embeddings().weight.mul_(torch.linspace(0.1, 9, 48)).add_(1.5)
     shrink_and_perturb(model, keep=0.5, seed=0)
+    before, after = (made.get_input_embeddings().weight.detach().double() for made in (old, model))
     fresh = fresh_model(config, 0).get_input_embeddings().weight.std().item()
-    for of in (LlamaForCausalLM.get_input_embeddings, LlamaForCausalLM.get_output_embeddings):
-        before, after = (of(made).weight.detach().double() for made in (old, model))
-        assert after.std().item() == pytest.approx(fresh, rel=1e-3)
-        assert after.mean(0).abs().max() < 1e-6
-        widths = torch.linalg.eigvalsh(after.T @ after)
-        assert (widths[-1] / widths[0]).item() == pytest.approx(1, rel=1e-3)
-        # The nearest such table: what is left to get from one to the other turns nothing.
-        stretch = (before - before.mean(0)).T @ after
-        torch.testing.assert_close(stretch, stretch.T, rtol=1e-3, atol=1e-3)
-        assert (torch.linalg.eigvalsh(stretch) > 0).all()
-    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    assert after.std().item() == pytest.approx(fresh, rel=1e-3)
+    assert after.mean(0).abs().max() < 1e-6
+    widths = torch.linalg.eigvalsh(after.T @ after)
+    assert (widths[-1] / widths[0]).item() == pytest.approx(1, rel=1e-3)
+    # The nearest such table: what is left to get from one to the other turns nothing.
+    stretch = (before - before.mean(0)).T @ after
+    torch.testing.assert_close(stretch, stretch.T, rtol=1e-3, atol=1e-3)
+    assert (torch.linalg.eigvalsh(stretch) > 0).all()
+    if tied:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert (model.model.norm.weight == 1).all()
+    else:  # a head of its own, and the norm it reads, were in nobody's way
+        assert torch.equal(model.lm_head.weight, old.lm_head.weight)
+        assert torch.equal(model.model.norm.weight, old.model.norm.weight)
+
+
+@pytest.mark.parametrize(("shared", "rewritten"), [(0.35, False), (0.45, True)])
+def test_how_much_one_direction_holds_decides(shared, rewritten):
+    config = LlamaConfig(**{**SIZES, "vocab_size": 300})
+    model = trained(config)
+    with torch.no_grad():
+        table = model.get_input_embeddings().weight
+        table.copy_(torch.linalg.qr(torch.randn(300, 48))[0])
+        # Of 48 directions as wide as one another the first gets the share.
+        table[:, 0].mul_((47 * shared / (1 - shared)) ** 0.5)
+    before = table.clone()
+    shrink_and_perturb(model, keep=0.5, seed=0)
+    assert torch.equal(table, before) != rewritten
 
 
 def test_a_direction_that_no_token_uses_stays_empty():
     model = trained(LlamaConfig(**{**SIZES, "vocab_size": 300}))
     with torch.no_grad():
-        model.get_input_embeddings().weight[:, 7] = 3.0  # all alike: the mean row's alone
+        model.get_input_embeddings().weight[:, 7] = 100.0  # all alike: the mean row's alone
     shrink_and_perturb(model, keep=0.5, seed=0)
     table = model.get_input_embeddings().weight
     assert table[:, 7].abs().max() < 1e-6
+    assert table.std() < 0.1
     assert table.isfinite().all()
 
 
