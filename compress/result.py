@@ -89,8 +89,8 @@ def finish(run: Run, work: Path, out: Path) -> dict[str, Any]:
     reached = achieved(run.plan, run.layout, [work / name for name in step_names(run.plan)])
     weights = check_parameters(candidate, reached.counts[-1])
     parity = _verified(run, work, candidate, "verify", FP32) if run.ranked_by == "vllm" else None
-    tests, lists = _tested(run, work, candidate)
-    compared, once = _compared(run.data.test, lists)
+    tests, ranks, lists = _tested(run, work, candidate)
+    compared, once = _compared(ranks, run.data.test.histories.user_ids)
     quantized = None
     if run.quantize != "none":
         candidate, quantized = _quantized(run, work, candidate, weights.bytes, tests["pruned"])
@@ -255,34 +255,36 @@ def _verified(run: Run, work: Path, candidate: Path, step: str, tolerance: Toler
     return Parity(**{name: facts[name] for name in Parity.__dataclass_fields__})
 
 
-def _tested(run: Run, work: Path, candidate: Path) -> tuple[dict[str, Any], dict[str, list[list[int]]]]:
-    """Return the test metrics of the models and of the baselines, and the models' lists."""
-    shared = run.shared or work
+def _tested(
+    run: Run, work: Path, candidate: Path
+) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, list[list[int]]]]:
+    """Return the test metrics of the models and of the baselines; the models' ranks of the targets, and
+    their lists."""
+    shared, test = run.shared or work, run.data.test
     with sharing(run.shared):
         baselines = finished(shared, "test-baselines")
         if baselines is None:
-            found = evaluate_baselines(run.data, run.data.test)
+            found = evaluate_baselines(run.data, test)
             rows = {name: baseline.to_json() for name, baseline in found.items()}
             baselines = save_step(shared, "test-baselines", {"baselines": rows})
         tested = {"full": _ranked(run, "full", run.full, shared)}
     tested["pruned"] = _ranked(run, "pruned", read_recommender(candidate), work)
     lists = {name: facts["lists"] for name, facts in tested.items()}
+    ranks = {name: target_ranks(lists[name], test.targets) for name in tested}
     tests = {"baselines": baselines["baselines"]}
     for name, facts in tested.items():
         # Told anew: rankings that an earlier version kept do not have it.
-        ranks = target_ranks(lists[name], run.data.test.targets)
-        once = each_user_once(ranks, run.data.test.histories.user_ids)
+        once = each_user_once(ranks[name], test.histories.user_ids)
         tests[name] = facts["metrics"] | ({"each_user_once": once} if once else {})
-    return tests, lists
+    return tests, ranks, lists
 
 
 def _compared(
-    test: Examples, lists: Mapping[str, Sequence[Sequence[int]]]
+    ranks: Mapping[str, np.ndarray], users: Sequence[str]
 ) -> tuple[dict[str, Paired], dict[str, Paired] | None]:
     """Return how full and pruned model compare case by case, and with every user counting once where one has
     several cases."""
-    users = test.histories.user_ids
-    full, pruned = (target_ranks(lists[name], test.targets) for name in ("full", "pruned"))
+    full, pruned = ranks["full"], ranks["pruned"]
     weights = user_weights(users)
     once = None if weights is None else paired(full, pruned, users=users, weights=weights)
     return paired(full, pruned, users=users), once

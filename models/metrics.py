@@ -44,9 +44,8 @@ def bootstrap_interval(
             again and again is no new evidence. None: each is somebody else's.
         weights: how much each case counts in the mean; None: all alike.
     """
-    draws = _draws(len(values), users, seed, resamples, weights)
-    means = np.array([values @ weights / weights.sum() for weights in draws])
-    low, high = np.percentile(means, [2.5, 97.5])
+    drawings = _draws(len(values), users, seed, resamples, weights)
+    low, high = np.percentile([values @ drawing / drawing.sum() for drawing in drawings], [2.5, 97.5])
     return float(low), float(high)
 
 

@@ -149,8 +149,11 @@ def _retained(group: Sequence[Row], metric: str) -> str:
     found = _mean(group, "retained", metric)
     if found is None:
         return ""
-    interval = group[0]["compared"][metric]["retained_ci95"]
-    return f"{found:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+    return _share(found, group[0]["compared"][metric]["retained_ci95"])
+
+
+def _share(kept: float, interval: Sequence[float] | None) -> str:
+    return f"{kept:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
 
 
 def _each_user_once(group: Sequence[Row]) -> tuple[str, str]:
@@ -162,8 +165,7 @@ def _each_user_once(group: Sequence[Row]) -> tuple[str, str]:
     kept = _mean(group, "compared_once", "ndcg@10", "retained")
     if kept is None:
         return stated, ""
-    interval = group[0]["compared_once"]["ndcg@10"]["retained_ci95"]
-    return stated, f"{kept:.1%}" + (f" [{interval[0]:.1%}, {interval[1]:.1%}]" if interval else "")
+    return stated, _share(kept, group[0]["compared_once"]["ndcg@10"]["retained_ci95"])
 
 
 def _lost(group: Sequence[Row]) -> str:
