@@ -76,7 +76,8 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
     rows = make_rows(
         run.data.train,
         run.teacher,
-        _streams(run),
+        # Whole windows, even where the full model was trained on pieces: served contexts are whole.
+        StreamConfig(keep_share=run.recipe.keep_titles),
         tokens=run.tokens,
         epochs=run.recipe.drawings,
         seed=run.seed,
@@ -196,11 +197,6 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
         remove_trainer_files(trainer_files)
-
-
-def _streams(run: Run) -> StreamConfig:
-    """Return how streams are cut: what the full model learnt from, it has most to say about."""
-    return StreamConfig(keep_share=run.recipe.keep_titles, piece_titles=run.full.training.get("piece_titles"))
 
 
 def _ranks(run: Run, stage: int) -> bool:

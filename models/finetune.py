@@ -131,7 +131,6 @@ def finetune(config: FinetuneConfig) -> Path:
                     "seed": config.seed,
                     "base": config.base,
                     "chosen_by": trainer.chosen_by,
-                    "piece_titles": config.piece_titles,
                     "settings": settings,
                 },
                 extra_files={COST: json.dumps(trainer.cost(), indent=2)},

@@ -13,7 +13,7 @@ from compress.job import Job
 from compress.pipeline import prepare
 from compress.recipe import RECIPES
 from compress.restore import Course, Restored
-from compress.stages import _ranks, _streams, run_stages, step_names
+from compress.stages import _ranks, run_stages, step_names
 from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
 from tests.tiny import make_tiny_recommender
@@ -144,10 +144,3 @@ def test_ranking_chooses_the_end_of_a_run_whose_full_model_it_chose(full):
     chosen = replace(plain, full=full_model)
     assert [_ranks(chosen, stage) for stage in range(3)] == [False, False, True]
     assert not _ranks(plain, 2)
-
-
-def test_restoration_reads_pieces_where_the_full_model_did(full):
-    plain = prepared(full, "leanrec")
-    in_pieces = replace(plain.full, training={**plain.full.training, "piece_titles": 3.0})
-    assert _streams(replace(plain, full=in_pieces)).piece_titles == 3
-    assert _streams(plain).piece_titles is None
