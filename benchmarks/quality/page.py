@@ -35,7 +35,9 @@ def write_pages() -> None:
         "cuts one by one, the same shape without the full model's weights, and what needs no language model. "
         "All test users, the whole catalogue ranked by the search that serves, the history not masked; 95 % "
         "bootstrap intervals over users. Rows of Amazon's data count each test case as a user's of its own, "
-        "but for SmolLM2-135M's of two epochs: their intervals are too narrow. Made by `make bench-quality`."
+        "but for today's SmolLM2-135M's on the games: their intervals are too narrow. Those were restored on "
+        "pieces of three titles, as their full models were trained; today's recipe reads whole histories. "
+        "Made by `make bench-quality`."
     )
     shown = [table for table in tables if len(table.cells) > 1]
     body = "\n\n".join(table.markdown() for table in shown)

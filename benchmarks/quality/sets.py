@@ -46,7 +46,7 @@ SETS = {
         Set(
             name="amazon18_video_games_d3",
             base="smollm2-135m",
-            epochs=4,
+            epochs=2,
             max_history=10,
             learning_rate=1e-3,
             batch_tokens=8192,
