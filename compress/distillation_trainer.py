@@ -31,6 +31,7 @@ class DistillationTrainer(Trainer):
         valid_tokens: ValidTokens,
         weights: LossWeights,
         validate: Callable[[PreTrainedModel], float],
+        rank: Callable[[PreTrainedModel], float] | None,
         start: Path,
         guess: float,
         **arguments: Any,
@@ -38,7 +39,8 @@ class DistillationTrainer(Trainer):
         super().__init__(data_collator=collate, **arguments)
         self._teacher_head = teacher_head.to(self.args.device)
         self._valid_tokens, self._weights = valid_tokens, weights
-        self._validate, self._start, self._guess = validate, start, guess
+        self._validate, self._rank = validate, rank
+        self._start, self._guess = start, guess
         self._sums = torch.zeros(3, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
@@ -76,9 +78,9 @@ class DistillationTrainer(Trainer):
 
     def _stop(self, reason: str) -> NoReturn:
         """Raise LeanRecError with where the best state is: a checkpoint that stays in the work directory."""
-        best = self.state.best_model_checkpoint
+        best, metric = self.state.best_model_checkpoint, str(self.args.metric_for_best_model).upper()
         kept = (
-            f"{best} (validation NLL {self.state.best_metric:.4f})"
+            f"{best} (validation {metric} {self.state.best_metric:.4f})"
             if best
             else f"{self._start}, as it was before"
         )
@@ -89,16 +91,18 @@ class DistillationTrainer(Trainer):
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return `eval_nll` of the model as it is; stop a run that has come apart."""
+        """Return `eval_nll`, and `eval_ndcg@10` where it chooses, of the model as it is; stop a run that has
+        come apart."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         with as_written():
             nll = self._validate(model)
+            ranked = {"eval_ndcg@10": self._rank(model)} if self._rank else {}
         first = next((entry["eval_nll"] for entry in self.state.log_history if "eval_nll" in entry), nll)
         if not nll <= DIVERGED * max(first, self._guess):
             self._stop(f"the validation NLL is {nll:.3g}, {first:.3g} at the start")
-        metrics = {"eval_nll": nll}
+        metrics = {"eval_nll": nll, **ranked}
         model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

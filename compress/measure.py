@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from models.checkpoint import Recommender
 from models.data import Examples
+from models.metrics import per_user_metrics
 from models.precision import fast_products
 from models.transformers_engine import TransformersEngine
 
@@ -26,3 +27,10 @@ class Yardstick:
         with fast_products(model.device.type):
             found = engine.log_probability(self._prompts, self.examples.targets.tolist())
         return -float(np.mean(found))
+
+    def ndcg(self, model: PreTrainedModel) -> float:
+        """Return NDCG@10 over the whole catalogue."""
+        engine = TransformersEngine(model, self.recommender.trie)
+        with fast_products(model.device.type):
+            _, ranks = engine.rank(self._prompts, self.examples.targets.tolist())
+        return float(per_user_metrics(ranks)["ndcg@10"].mean())

@@ -52,7 +52,7 @@ class Course:
     best: int
     """the evaluation, an index of `curve`, of the state that was kept"""
     curve: list[dict[str, float]]
-    """by evaluation, the first right after the cut: `tokens`, `nll`"""
+    """by evaluation, the first right after the cut: `tokens`, `nll`, and `ndcg@10` where that chose"""
     losses: list[dict[str, float]]
     """by log entry: `tokens`, `loss`, `kl_valid`, `kl_vocabulary`"""
 
@@ -73,6 +73,7 @@ def restore(
     rows: RestorationRows,
     trie: Trie,
     validate: Callable[[PreTrainedModel], float],
+    rank: Callable[[PreTrainedModel], float] | None = None,
     directory: Path,
     settings: RestoreSettings,
 ) -> Restored:
@@ -84,12 +85,14 @@ def restore(
     Args:
         teacher_head: the unpruned model's head `[vocabulary, teacher hidden]`, fp32.
         validate: negative log-likelihood of the next item on validation users, nats; lower is better.
+        rank: NDCG@10 on validation users, for models that were chosen by it; None: the NLL decides.
 
     Raises:
         LeanRecError: it diverges; says where the best state is.
     """
     checkpoint = _last_checkpoint(directory)
-    arguments = _arguments(rows, directory, settings, resumed=checkpoint is not None)
+    chosen_by = "ndcg@10" if rank else "nll"
+    arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
     compile_layers(
@@ -108,6 +111,7 @@ def restore(
         valid_tokens=ValidTokens(trie, arguments.device),
         weights=settings.weights,
         validate=validate,
+        rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
     )
@@ -118,11 +122,13 @@ def restore(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
     tokens_a_step = settings.batch_rows * rows.mean_tokens
-    curve = _entries(state.log_history, ("eval_nll",), tokens_a_step)
+    measured = ("eval_nll", "eval_ndcg@10")[: 2 if rank else 1]
+    curve = _entries(state.log_history, measured, tokens_a_step)
     best_step = state.best_global_step or 0
-    if curve[0]["nll"] <= min(entry["nll"] for entry in curve[1:]):
+    sign = -1 if rank else 1
+    if sign * curve[0][chosen_by] <= min(sign * entry[chosen_by] for entry in curve[1:]):
         best_step = 0
-    evaluated = [entry["step"] for entry in state.log_history if "eval_nll" in entry]
+    evaluated = [entry["step"] for entry in state.log_history if measured[0] in entry]
     course = Course(
         steps=state.global_step,
         tokens=round(state.global_step * tokens_a_step),
@@ -145,7 +151,7 @@ def training_steps(rows: RestorationRows, settings: RestoreSettings) -> tuple[in
 
 
 def _arguments(
-    rows: RestorationRows, directory: Path, settings: RestoreSettings, *, resumed: bool
+    rows: RestorationRows, directory: Path, settings: RestoreSettings, *, chosen_by: str, resumed: bool
 ) -> TrainingArguments:
     steps, every = training_steps(rows, settings)
     cuda = settings.device == "cuda"
@@ -170,8 +176,8 @@ def _arguments(
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="nll",
-        greater_is_better=False,
+        metric_for_best_model=chosen_by,
+        greater_is_better=chosen_by != "nll",
         seed=settings.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,

@@ -176,6 +176,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
         rows=bench.rows,
         trie=run.teacher.trie,
         validate=bench.yardstick.nll,
+        rank=bench.yardstick.ndcg if _ranks(run, stage) else None,
         directory=trainer_files,
         settings=RestoreSettings(
             tokens=round(run.tokens * run.stages[stage].share),
@@ -196,6 +197,15 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
         remove_trainer_files(trainer_files)
+
+
+def _ranks(run: Run, stage: int) -> bool:
+    """Return whether NDCG@10 chooses a stage's best state: at the end, where it chose the full model's.
+
+    After an early stage's few steps a model can rank worse than right after the cut and still be the better
+    start for the next.
+    """
+    return stage == len(run.stages) - 1 and run.full.training.get("chosen_by") == "ndcg@10"
 
 
 def _step(

@@ -220,7 +220,7 @@ def test_teacher_states_beyond_fp16_are_refused(tiny, rows, tmp_path):
 SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, evaluations=5, seed=3)
 
 
-def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None):
+def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None, rank=None):
     return restore(
         start or bench.start,
         teacher_head=bench.teacher.get_output_embeddings().weight.detach().clone(),
@@ -228,6 +228,7 @@ def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None):
         rows=bench.rows,
         trie=bench.recommender.trie,
         validate=validate,
+        rank=rank,
         directory=directory,
         settings=settings,
     )
@@ -299,6 +300,18 @@ def test_the_best_state_is_kept_not_the_last(bench, tmp_path, values, best):
         tmp_path / f"checkpoint-{best * every}" if best else bench.start
     )
     assert torch.equal(head_of(result.model), head_of(kept))
+
+
+@pytest.mark.parametrize(
+    ("ranked", "best"), [([0.1, 0.2, 0.4, 0.3, 0.3, 0.3], 2), ([0.5, 0.2, 0.4, 0.3, 0.3, 0.3], 0)]
+)
+def test_where_it_ranks_the_best_ranking_is_kept_whatever_the_nll(bench, tmp_path, ranked, best):
+    worse, given = iter(range(3, 9)), iter(ranked)
+    result = run_restore(
+        bench, tmp_path, lambda model: float(next(worse)) / 3, rank=lambda model: next(given)
+    )
+    assert result.course.best == best
+    assert [entry["ndcg@10"] for entry in result.course.curve] == ranked
 
 
 @pytest.mark.slow
