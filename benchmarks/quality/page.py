@@ -35,9 +35,7 @@ def write_pages() -> None:
         "cuts one by one, the same shape without the full model's weights, and what needs no language model. "
         "All test users, the whole catalogue ranked by the search that serves, the history not masked; 95 % "
         "bootstrap intervals over users. Rows of Amazon's data count each test case as a user's of its own, "
-        "but for today's SmolLM2-135M's on the games: their intervals are too narrow. Those were restored on "
-        "pieces of three titles, as their full models were trained; today's recipe reads whole histories. "
-        "Made by `make bench-quality`."
+        "but for those that have it each once: their intervals are too narrow. Made by `make bench-quality`."
     )
     shown = [table for table in tables if len(table.cells) > 1]
     body = "\n\n".join(table.markdown() for table in shown)
@@ -131,6 +129,12 @@ def _quality_table(data: str, rows: Sequence[Row]) -> Table:
         note += (
             f" What is called users here are cases of {users_once:,} users, some with dozens. Each user "
             "once: the mean over users of each one's mean, where the lists were kept."
+        )
+    pieces = next((row["piece_titles"] for row in rows if "piece_titles" in row), None)
+    if pieces:
+        note += (
+            f" Rows of earlier code were restored on pieces of {pieces:g} titles, as the full model was "
+            "trained; today's recipe reads whole histories."
         )
     return Table(f"Quality: {data}", note, cells, _curves(rows))
 

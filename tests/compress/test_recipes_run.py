@@ -3,6 +3,7 @@
 import threading
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accelerate import PartialState
@@ -33,6 +34,11 @@ def prepared(full, recipe, shared=None, target="30%"):
     return replace(run, recipe=small)
 
 
+def untrained(start, **_):
+    model = AutoModelForCausalLM.from_pretrained(start)
+    return Restored(model, Course(steps=1, tokens=1, best=0, curve=[], losses=[]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"leanrec"}))
 def test_a_recipe_ends_at_the_planned_shape(full, recipe, tmp_path):
@@ -58,8 +64,7 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
 
     def restored(start, *, settings, **_):
         rates.append(settings.learning_rate)
-        model = AutoModelForCausalLM.from_pretrained(start)
-        return Restored(model, Course(steps=1, tokens=1, best=0, curve=[], losses=[]))
+        return untrained(start)
 
     monkeypatch.setattr("compress.stages.restore", restored)
     monkeypatch.setattr("compress.recipe.SHALLOW", 1)
@@ -144,3 +149,16 @@ def test_ranking_chooses_the_end_of_a_run_whose_full_model_it_chose(full):
     chosen = replace(plain, full=full_model)
     assert [_ranks(chosen, stage) for stage in range(3)] == [False, False, True]
     assert not _ranks(plain, 2)
+
+
+def test_a_full_model_that_learnt_from_pieces_reads_whole_histories(full, tmp_path, monkeypatch):
+    run = prepared(full, "random")
+    learnt = replace(run.full, training={**run.full.training, "piece_titles": 3.0})
+    run = replace(run, tokens=10**6, full=learnt, recipe=replace(run.recipe, drawings=1))
+
+    monkeypatch.setattr("compress.stages.restore", untrained)
+    run_stages(run, tmp_path, PartialState(cpu=True))
+    read = sum(len(np.load(path)) for path in (tmp_path / "teacher").glob("*.npy"))
+    titles = run.teacher.prompter.title_tokens
+    # Pieces begin with the title that the one before ended in, so they would be read twice.
+    assert read == sum(len(titles[item]) for item in run.data.train.items.tolist())
