@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.metadata
 import json
 import os
 import shutil
@@ -52,9 +53,12 @@ def hold(out: Path) -> Iterator[Path]:
 def check_settings(work: Path, settings: Mapping[str, Any]) -> None:
     """Keep `settings` in a new work directory, or compare with those it was started with.
 
+    The version is one of them: half a run of either would be a result of none.
+
     Raises:
         LeanRecError: they differ; names each difference.
     """
+    settings = {**settings, "leanrec": importlib.metadata.version("leanrec")}
     path = work / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)

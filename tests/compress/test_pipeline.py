@@ -1,6 +1,7 @@
 """The whole job: stages that resume, a verified result with its reports, one run to an output at a time."""
 
 import copy
+import importlib.metadata
 import json
 import os
 import shutil
@@ -103,6 +104,13 @@ def test_settings_that_differ_are_told(full, tmp_path):
     check_settings(tmp_path, run.settings)
     with pytest.raises(LeanRecError, match=r"seed was 0, now 1.*remove that folder to start anew"):
         check_settings(tmp_path, {**run.settings, "seed": 1})
+
+
+def test_work_of_another_version_is_not_gone_on_with(tmp_path, monkeypatch):
+    check_settings(tmp_path, {"seed": 0})
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "99.0")
+    with pytest.raises(LeanRecError, match=r"leanrec was '[0-9.]+', now '99\.0'.*remove that folder"):
+        check_settings(tmp_path, {"seed": 0})
 
 
 def test_a_second_run_on_one_output_is_refused(tmp_path):
