@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from compress.distill import LossWeights, distillation_loss
+from compress.muon import MuonWithAdamW
+from compress.recipe import Optimizer
 from compress.restore_callbacks import MarkComplete, ProgressBar
 from compress.rows import collate
 from models.compiled import as_written
@@ -34,9 +36,11 @@ class DistillationTrainer(Trainer):
         rank: Callable[[PreTrainedModel], float] | None,
         start: Path,
         guess: float,
+        optimizer: Optimizer,
         **arguments: Any,
     ) -> None:
         super().__init__(data_collator=collate, **arguments)
+        self._optimizer = optimizer
         self._teacher_head = teacher_head.to(self.args.device)
         self._valid_tokens, self._weights = valid_tokens, weights
         self._validate, self._rank = validate, rank
@@ -46,6 +50,18 @@ class DistillationTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(ProgressBar())
         self.add_callback(MarkComplete())
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Return the optimizer; of AdamW, Trainer's."""
+        if self.optimizer is None and self._optimizer == "muon":
+            self.optimizer = MuonWithAdamW(
+                self.model,
+                rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                products=torch.bfloat16 if self.args.bf16 else torch.float32,
+            )
+        return super().create_optimizer(model)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any

@@ -13,6 +13,7 @@ from compress.method import Method
 from compress.plan import SHALLOW
 
 Cut = Literal["width", "mlp", "halving", "depth"]
+Optimizer = Literal["muon", "adamw"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,7 @@ class Recipe:
     validation_users: int = 1000
     weights: LossWeights | None = None
     """None: by what the full model was trained on"""
+    optimizer: Optimizer = "muon"
 
     def stages_for(self, cuts: Sequence[tuple[str, ...]]) -> tuple[Stage, ...]:
         """Return the stage of each of a plan's cuts, their shares adding up to 1."""
@@ -104,6 +106,7 @@ RECIPES = {
         method=Method(scores="prunerec", hidden=("channels",), repair=False),
         layers_by="perplexity",
         weights=LossWeights(vocabulary=0.8, vocabulary_targets=0.2),
+        optimizer="adamw",
         stages=(
             Stage(cuts=("width",), share=0.15, learning_rate=3e-4),
             Stage(cuts=("mlp",), share=0.15, learning_rate=3e-4),

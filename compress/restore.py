@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState, Tr
 
 from compress.distill import LossWeights
 from compress.distillation_trainer import DistillationTrainer
+from compress.recipe import Optimizer
 from compress.restore_callbacks import COMPLETE, ShrinkAndPerturb
 from compress.rows import RestorationRows
 from compress.teacher import TeacherStates
@@ -41,6 +42,8 @@ class RestoreSettings:
     seed: int = 0
     device: str = "cpu"
     weights: LossWeights = field(default_factory=lambda: LossWeights(valid=0.5, vocabulary=0.5))
+    optimizer: Optimizer = "muon"
+    """of runs that are not short"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ def restore(
         rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
+        # A few steps are over before Muon's momentum stands for more than the last of them.
+        optimizer=settings.optimizer if arguments.max_steps >= SHORT_RUN_STEPS else "adamw",
     )
     if settings.keep < 1 and arguments.max_steps >= SHORT_RUN_STEPS:
         trainer.add_callback(ShrinkAndPerturb(student, keep=settings.keep, seed=settings.seed))

@@ -85,10 +85,12 @@ class Asked:
         return str(self.tokens or "default")
 
     def is_answered(self) -> bool:
-        """Return whether `results.json` has its row."""
+        """Return whether `results.json` has its row, made by the optimizer that the recipe has now."""
+        recipe = {**RECIPES, **ABLATIONS}.get(self.recipe, RECIPES["leanrec"])
         asked = (self.chosen.name, self.chosen.base, self.recipe, self.target, self.seed)
         return any(
             asked == tuple(row[name] for name in ("data", "base", "recipe", "target", "seed"))
+            and row.get("optimizer") == recipe.optimizer
             and (
                 row.get("default_budget") if self.tokens is None else self.tokens == row["restoration_tokens"]
             )

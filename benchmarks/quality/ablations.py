@@ -49,5 +49,7 @@ ABLATIONS: dict[str, Recipe] = {
     ),
     "dropped-titles": replace(_DEFAULT, keep_titles=0.8, drawings=4),
     "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
+    "adamw": replace(_DEFAULT, optimizer="adamw"),
+    "random-adamw": replace(RECIPES["random"], optimizer="adamw"),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }

@@ -40,6 +40,8 @@ TITLES = {
     "as-cut-slow": "LeanRec, restored from the weights as they were cut, in smaller steps",
     "halving": "LeanRec, half the layers first, mended; the rest restored as cut, in smaller steps",
     "same-rate": "LeanRec, early stages at one learning rate whatever the depth",
+    "adamw": "LeanRec, by AdamW alone",
+    "random-adamw": "random weights, distilled, by AdamW alone",
     "as-cut": "LeanRec, restored from the weights as they were cut",
     "bigram": "last-item bigram",
     "popularity": "popularity",
