@@ -53,7 +53,7 @@ class DistillationTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Return the optimizer; of AdamW, Trainer's."""
-        if self.optimizer is None and self._optimizer == "muon":
+        if self.optimizer is None and self._optimizer == "muon":  # type: ignore[has-type]
             self.optimizer = MuonWithAdamW(
                 self.model,
                 rate=self.args.learning_rate,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 MOMENTUM = 0.95
@@ -75,24 +74,25 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def _muon_step(self, group: dict[str, Any]) -> None:
-        alike: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        alike: dict[torch.Size, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         for matrix in group["params"]:
             if matrix.grad is not None:
-                alike[matrix.shape].append(matrix)
-        for (rows, columns), matrices in alike.items():
-            moved = []
-            for matrix in matrices:
-                state = self.state[matrix]
-                if not state:
-                    state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
-                    state["momentum"] = torch.zeros_like(matrix)
-                state["step"] += 1
-                state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
-                moved.append(matrix.grad.lerp(state["momentum"], MOMENTUM))  # Nesterov's
+                alike[matrix.shape].append((matrix, self._next_direction(matrix, matrix.grad)))
+        for (rows, columns), moved in alike.items():
+            directions = orthogonal(torch.stack([direction for _, direction in moved]).to(self._products))
             size = group["lr"] * ADAM_SIZE * math.sqrt(max(rows, columns))
-            directions = orthogonal(torch.stack(moved).to(self._products))
-            for matrix, direction in zip(matrices, directions, strict=True):
+            for (matrix, _), direction in zip(moved, directions, strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-size)
+
+    def _next_direction(self, matrix: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        """Return the momentum after this gradient and a step further, Nesterov's."""
+        state = self.state[matrix]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for it in every state that it loads
+            state["momentum"] = torch.zeros_like(matrix)
+        state["step"] += 1
+        state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(state["momentum"], MOMENTUM)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

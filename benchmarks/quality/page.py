@@ -245,9 +245,9 @@ def _summary(by_data: Mapping[str, Sequence[Row]]) -> Table:
                     ]
                 )
     note = (
-        "The default recipe on every data set measured so far, by the optimizer it had then. SASRec's search: "
-        "eight configurations of 300 CPU seconds each, some cut off by that, where it is finished; one "
-        "configuration where it is not."
+        "The default recipe on every data set measured so far, by the optimizer it had then. SASRec's "
+        "search: eight configurations of 300 CPU seconds each, some cut off by that, where it is finished; "
+        "one configuration where it is not."
     )
     return Table("What is kept", note, cells)
 
