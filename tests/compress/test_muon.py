@@ -73,6 +73,20 @@ def test_a_step_moves_matrices_by_muon_and_the_rest_by_adamw(model):
     assert seen["adamw"] >= 6
 
 
+def test_the_next_step_goes_on_from_the_momentum(model):
+    matrix = model.model.layers[1].self_attn.o_proj.weight
+    optimizer = optimizer_of(model)
+    first = matrix.grad.clone()
+    optimizer.step()
+    before = matrix.detach().clone()
+    give_gradients(model, seed=1)
+    optimizer.step()
+    momentum = 0.95 * 0.05 * first + 0.05 * matrix.grad
+    direction = orthogonal((0.05 * matrix.grad + 0.95 * momentum)[None])[0]
+    size = FASTER * RATE * ADAM_SIZE * math.sqrt(max(matrix.shape))
+    torch.testing.assert_close(matrix, before * (1 - FASTER * RATE * DECAY) - size * direction)
+
+
 def test_a_matrix_without_a_gradient_stays(model):
     still = model.model.layers[0].mlp.up_proj.weight
     still.grad, before = None, still.detach().clone()
