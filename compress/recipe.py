@@ -71,6 +71,7 @@ class Recipe:
     weights: LossWeights | None = None
     """None: by what the full model was trained on"""
     optimizer: Optimizer = "muon"
+    """of stages that do not mend: `optimizer_for`"""
 
     def stages_for(self, cuts: Sequence[tuple[str, ...]]) -> tuple[Stage, ...]:
         """Return the stage of each of a plan's cuts, their shares adding up to 1."""
@@ -89,6 +90,14 @@ class Recipe:
         if training.get("settings", {}).get("loss") == "valid":
             return LossWeights(valid=1.0)
         return LossWeights(valid=0.5, vocabulary=0.5)
+
+    def optimizer_for(self, stage: Stage) -> Optimizer:
+        """Return what moves a stage's matrices.
+
+        A stage that mends has few steps, over before Muon's momentum stands for more than the last of them,
+        and the layers and widths that are still to be cut, where Muon's products weigh most.
+        """
+        return "adamw" if stage.mends else self.optimizer
 
     def default_tokens(self, title_tokens: int, parameters: int) -> int:
         """Return the restoration budget for data with so many title tokens in its training part.

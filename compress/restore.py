@@ -24,7 +24,8 @@ from models.precision import prefers_bf16
 from models.trie import Trie
 
 SHORT_RUN_STEPS = 100
-"""A shorter run mends the pruned weights as they are: it has no time to make more of them."""
+"""A shorter run mends the pruned weights as they are, by AdamW: it has no time to make more of them, nor for
+Muon's momentum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,6 @@ def restore(
         rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
-        # A few steps are over before Muon's momentum stands for more than the last of them.
         optimizer=settings.optimizer if arguments.max_steps >= SHORT_RUN_STEPS else "adamw",
     )
     if settings.keep < 1 and arguments.max_steps >= SHORT_RUN_STEPS:

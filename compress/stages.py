@@ -188,7 +188,7 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
             seed=run.seed + stage,
             device=run.device,
             weights=run.recipe.weights_for(run.full.training),
-            optimizer=run.recipe.optimizer,
+            optimizer=run.recipe.optimizer_for(run.stages[stage]),
         ),
     )
 

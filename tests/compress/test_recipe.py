@@ -52,6 +52,15 @@ def test_the_rate_that_mends_falls_with_the_depth() -> None:
     assert {stage.rate(30) for stage in RECIPES["prunerec"].stages} == {3e-4}, "as published"
 
 
+def test_muon_moves_what_is_learnt_anew_and_nothing_of_the_published_method():
+    def of(name):
+        return [RECIPES[name].optimizer_for(stage) for stage in RECIPES[name].stages]
+
+    assert of("leanrec") == ["adamw", "adamw", "muon"]
+    assert of("random") == of("random-targets") == of("one-stage") == ["muon"]
+    assert of("prunerec") == ["adamw"] * 3
+
+
 def test_each_of_a_plans_cuts_gets_its_stage_and_all_tokens_are_spent():
     width, mlp, halving, depth = ("width",), ("mlp",), ("halving",), ("depth",)
     recipe = ABLATIONS["halving"]

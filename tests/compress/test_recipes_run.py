@@ -60,10 +60,11 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     run = prepared(full, "leanrec")
     stages = tuple(replace(stage, learning_rate=6.0 * number) for number, stage in enumerate(run.stages, 1))
     run = replace(run, stages=stages)
-    rates = []
+    rates, optimizers = [], []
 
     def restored(start, *, settings, **_):
         rates.append(settings.learning_rate)
+        optimizers.append(settings.optimizer)
         return untrained(start)
 
     monkeypatch.setattr("compress.stages.restore", restored)
@@ -72,6 +73,7 @@ def test_stages_are_restored_at_the_rate_of_their_depth(full, tmp_path, monkeypa
     layers = run.plan.full.num_layers
     assert layers > 1
     assert rates == pytest.approx([6.0 / layers, 12.0 / layers, 18.0])
+    assert optimizers == ["adamw", "adamw", "muon"], "Muon where weights are learnt anew"
 
 
 @pytest.mark.slow
