@@ -95,11 +95,11 @@ def test_what_does_not_answer_in_time_is_ended(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_gets_on_may_take_longer_than_the_time_to_answer(tmp_path, monkeypatch):
+    run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path)  # the server has started
     monkeypatch.setattr(apart, "TIMEOUT_SECONDS", 4)
     monkeypatch.setattr(apart, "LOOK_SECONDS", 0.1)
     told = tmp_path / "told"
     told.touch()
-    run_apart("tests.compress.waits_apart:wait", {"told": ""}, tmp_path)  # the server has started
     request = {"told": str(told), "lines": 4, "seconds": 2}
     done = run_apart("tests.compress.waits_apart:work", request, tmp_path, lambda: told.stat().st_size)
     assert done == {"lines": 4}
