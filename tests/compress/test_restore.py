@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import distill
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
+from compress.muon import MuonWithAdamW
 from compress.restore import SHORT_RUN_STEPS, RestoreSettings, restore, training_steps
 from compress.rows import RestorationRows, collate, make_rows
 from compress.shrink_perturb import shrink_and_perturb
@@ -349,6 +350,24 @@ def test_a_long_restoration_starts_from_shrunken_weights_and_still_counts_the_cu
     resumed = run_restore(bench, tmp_path / "c", validate, settings)
     assert resumed.course.curve == whole.course.curve
     assert torch.equal(head_of(resumed.model), head_of(whole.model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [(1, "muon", 1), (1, "adamw", 0), (1000, "muon", 0)])
+def test_muon_is_for_restorations_that_are_not_short(bench, tmp_path, monkeypatch, case):
+    short, asked, made = case
+    monkeypatch.setattr("compress.restore.SHORT_RUN_STEPS", short)
+    given = []
+
+    def muon(model, **options):
+        given.append(options)
+        return MuonWithAdamW(model, **options)
+
+    monkeypatch.setattr("compress.distillation_trainer.MuonWithAdamW", muon)
+    settings = dataclasses.replace(SETTINGS, tokens=600, evaluations=1, optimizer=asked)
+    run_restore(bench, tmp_path, lambda model: 1.0, settings)
+    assert len(given) == made
+    assert [options["rate"] for options in given] == [SETTINGS.learning_rate] * made
 
 
 @pytest.mark.slow

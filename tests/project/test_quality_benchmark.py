@@ -97,6 +97,11 @@ def test_a_question_is_answered_once(results):
     assert Asked(toys, "one-stage", "5%", 0, 200).is_answered()
     assert not Asked(toys, "leanrec", "5%", 1, None).is_answered()
     assert not Asked(toys, "one-stage", "5%", 0, None).is_answered()
+    for row in read_rows():
+        if row["recipe"] in ("leanrec", "prunerec"):
+            keep_row({**row, "optimizer": "adamw"})
+    assert not Asked(toys, "leanrec", "5%", 0, None).is_answered(), "by an optimizer of then"
+    assert Asked(toys, "prunerec", "5%", 0, None).is_answered()
 
 
 def test_rows_say_what_ranked_and_not_where_the_data_lay(results):
