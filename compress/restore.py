@@ -106,6 +106,7 @@ def restore(
         row_tokens=rows.row_tokens,
         device=settings.device,
     )
+    is_short = arguments.max_steps < SHORT_RUN_STEPS
     trainer = DistillationTrainer(
         model=student,
         args=arguments,
@@ -118,9 +119,9 @@ def restore(
         rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
-        optimizer=settings.optimizer if arguments.max_steps >= SHORT_RUN_STEPS else "adamw",
+        optimizer="adamw" if is_short else settings.optimizer,
     )
-    if settings.keep < 1 and arguments.max_steps >= SHORT_RUN_STEPS:
+    if settings.keep < 1 and not is_short:
         trainer.add_callback(ShrinkAndPerturb(student, keep=settings.keep, seed=settings.seed))
     state = _state_of(checkpoint) if checkpoint else None
     if state is None or state.global_step < arguments.max_steps:

@@ -17,11 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.quality.ablations import ABLATIONS
+from benchmarks.quality.ablations import ABLATIONS, recipe_of
 from benchmarks.quality.page import write_pages
 from benchmarks.quality.rows import baseline_rows, compression_row, full_row, keep_row, read_rows
 from benchmarks.quality.sets import CONTROLS, PER_LAYER, SETS, TARGETS, Set
-from compress.recipe import RECIPES
 from models.sources import BUILT_IN
 
 RUNS = Path("runs/quality")
@@ -86,11 +85,10 @@ class Asked:
 
     def is_answered(self) -> bool:
         """Return whether `results.json` has its row, made by the optimizer that the recipe has now."""
-        recipe = {**RECIPES, **ABLATIONS}.get(self.recipe, RECIPES["leanrec"])
         asked = (self.chosen.name, self.chosen.base, self.recipe, self.target, self.seed)
         return any(
             asked == tuple(row[name] for name in ("data", "base", "recipe", "target", "seed"))
-            and row.get("optimizer") == recipe.optimizer
+            and row.get("optimizer") == recipe_of(self.recipe).optimizer
             and (
                 row.get("default_budget") if self.tokens is None else self.tokens == row["restoration_tokens"]
             )
@@ -112,7 +110,7 @@ def full_model(chosen: Set, data: str) -> Path:
 
 def _shared(asked: Asked, folder: Path) -> Path:
     """Return where runs keep what the full model said of the same rows."""
-    recipe = {**RECIPES, **ABLATIONS}.get(asked.recipe, RECIPES["leanrec"])
+    recipe = recipe_of(asked.recipe)
     drawn = f"{recipe.drawings}x{recipe.keep_titles}"
     return folder / f"shared-{asked.seed}-{asked.budget}-{drawn}"
 

@@ -53,3 +53,8 @@ ABLATIONS: dict[str, Recipe] = {
     "random-adamw": replace(RECIPES["random"], optimizer="adamw"),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }
+
+
+def recipe_of(name: str) -> Recipe:
+    """Return the recipe of a row; the per-layer layout is the default's."""
+    return {**RECIPES, **ABLATIONS}.get(name, _DEFAULT)

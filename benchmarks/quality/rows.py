@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality.ablations import ABLATIONS
-from compress.recipe import RECIPES
+from benchmarks.quality.ablations import recipe_of
 from loadtest.machine import processors
 from models.atomic import write_json
 from models.finetune import COST
@@ -61,7 +60,7 @@ def compression_row(
         "total_parameters": report["parameters"]["pruned"]["total"],
         "shape": report["shape"]["pruned"],
         "restoration_tokens": settings["restore_tokens"],
-        "optimizer": {**RECIPES, **ABLATIONS}[settings["recipe"]].optimizer,
+        "optimizer": recipe_of(settings["recipe"]).optimizer,
         "default_budget": default_budget,
         "seconds": report["seconds"],
         "seconds_by_step": report["seconds_by_step"],
