@@ -30,6 +30,11 @@ class LossWeights:
     vocabulary_targets: float = 0.0
     """of the cross-entropy over all tokens, nats per title position"""
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether any term is the full model's."""
+        return bool(self.valid or self.vocabulary)
+
 
 @dataclass(frozen=True)
 class DistillationLoss:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from compress.distill import LossWeights, distillation_loss
+from compress.measure import Validation
 from compress.muon import MuonWithAdamW
 from compress.recipe import Optimizer
 from compress.restore_callbacks import MarkComplete, ProgressBar
@@ -32,8 +33,7 @@ class DistillationTrainer(Trainer):
         teacher_head: torch.Tensor,
         valid_tokens: ValidTokens,
         weights: LossWeights,
-        validate: Callable[[PreTrainedModel], float],
-        rank: Callable[[PreTrainedModel], float] | None,
+        validate: Callable[[PreTrainedModel], Validation],
         start: Path,
         guess: float,
         optimizer: Optimizer,
@@ -43,7 +43,7 @@ class DistillationTrainer(Trainer):
         self._optimizer = optimizer
         self._teacher_head = teacher_head.to(self.args.device)
         self._valid_tokens, self._weights = valid_tokens, weights
-        self._validate, self._rank = validate, rank
+        self._validate = validate
         self._start, self._guess = start, guess
         self._sums = torch.zeros(3, device=self.args.device)
         for callback in (PrinterCallback, ProgressCallback):
@@ -107,18 +107,17 @@ class DistillationTrainer(Trainer):
         )
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Return `eval_nll`, and `eval_ndcg@10` where it chooses, of the model as it is; stop a run that has
-        come apart."""
+        """Return `eval_nll` and `eval_kl` of the model as it is; stop a run that has come apart."""
         model = self.accelerator.unwrap_model(self.model)
         training = model.training
         model.eval()
         with as_written():
-            nll = self._validate(model)
-            ranked = {"eval_ndcg@10": self._rank(model)} if self._rank else {}
+            found = self._validate(model)
+        nll = found.nll
         first = next((entry["eval_nll"] for entry in self.state.log_history if "eval_nll" in entry), nll)
         if not nll <= DIVERGED * max(first, self._guess):
             self._stop(f"the validation NLL is {nll:.3g}, {first:.3g} at the start")
-        metrics = {"eval_nll": nll, **ranked}
+        metrics = {"eval_nll": nll, "eval_kl": found.kl}
         model.train(training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]

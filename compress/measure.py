@@ -1,15 +1,28 @@
-"""How good a model is on validation users."""
+"""How good a model is on validation users, and how near to the full model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from compress.work import damaged
+from models.atomic import new_file
 from models.checkpoint import Recommender
 from models.data import Examples
-from models.metrics import per_user_metrics
 from models.precision import fast_products
 from models.transformers_engine import TransformersEngine
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What validation users say of a model."""
+
+    nll: float
+    """negative log-likelihood of the next item, renormalised over the catalogue, nats"""
+    kl: float
+    """forward KL from the full model over the trie's children on the way to the next item, nats a user"""
 
 
 class Yardstick:
@@ -28,9 +41,35 @@ class Yardstick:
             found = engine.log_probability(self._prompts, self.examples.targets.tolist())
         return -float(np.mean(found))
 
-    def ndcg(self, model: PreTrainedModel) -> float:
-        """Return NDCG@10 over the whole catalogue."""
+    def paths(self, model: PreTrainedModel) -> tuple[float, np.ndarray]:
+        """Return the NLL, and the log-probabilities of all children on the way to each user's next item, one
+        user after another, float32 `[children]`."""
         engine = TransformersEngine(model, self.recommender.trie)
         with fast_products(model.device.type):
-            _, ranks = engine.rank(self._prompts, self.examples.targets.tolist())
-        return float(per_user_metrics(ranks)["ndcg@10"].mean())
+            scores, paths = engine.path_log_probs(self._prompts, self.examples.targets.tolist())
+        return -float(np.mean(scores)), np.concatenate(paths)
+
+    def beside(self, model: PreTrainedModel, full: np.ndarray) -> Validation:
+        """Return how a model does beside the full one, whose `paths` are given."""
+        nll, found = self.paths(model)
+        kl = float(np.sum(np.exp(full) * (full - found), dtype=np.float64)) / len(self.examples)
+        return Validation(nll, kl)
+
+
+def keep_paths(paths: np.ndarray, file: Path) -> None:
+    """Write the full model's `Yardstick.paths`."""
+    with new_file(file) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, paths, allow_pickle=False)
+
+
+def open_paths(file: Path, step: Path) -> np.ndarray:
+    """Return what `keep_paths` wrote in a step that is stored in `step`.
+
+    Raises:
+        LeanRecError: the file is damaged.
+    """
+    try:
+        paths: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(file, step) from error
+    return paths

@@ -44,7 +44,7 @@ def render_page(report: dict[str, Any], evidence: Evidence) -> str:
         _stage_table(report, evidence),
         _stage_figures(report, evidence),
         "<h2>Restoration</h2>",
-        "<p class=note>The best state of each stage went on.</p>",
+        "<p class=note>The state nearest to the full model went on from each stage.</p>",
         _restoration_figures(evidence),
         "<h2>Importance</h2>",
         _importance_figures(evidence),
@@ -167,10 +167,11 @@ def _stage_figures(report: dict[str, Any], evidence: Evidence) -> str:
 
 
 def _restoration_figures(evidence: Evidence) -> str:
-    nll, kl = [], []
+    nll, distance, kl = [], [], []
     before = 0.0
     for name, facts in zip(stage_names(evidence.plan), evidence.restored, strict=True):
         nll.append(Line(name, [(before + e["tokens"], e["nll"]) for e in facts["curve"]]))
+        distance.append(Line(name, [(before + e["tokens"], e["kl"]) for e in facts["curve"]]))
         kl.append(Line(name, [(before + e["tokens"], e["kl_valid"]) for e in facts["losses"]]))
         before += facts["tokens"]
     teacher = evidence.full["metrics"]["nll"]
@@ -181,7 +182,11 @@ def _restoration_figures(evidence: Evidence) -> str:
             line_chart(nll, x_label="title tokens", y_label="NLL per item", title="Validation NLL"),
         ),
         _figure(
-            "Distance from the full model",
+            "Distance from the full model on validation users",
+            line_chart(distance, x_label="title tokens", y_label="KL per user", title="Validation KL"),
+        ),
+        _figure(
+            "Distance from the full model in training",
             line_chart(
                 kl, x_label="title tokens", y_label="KL per title", title="KL over valid tokens in training"
             ),

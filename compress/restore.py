@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState, Tr
 
 from compress.distill import LossWeights
 from compress.distillation_trainer import DistillationTrainer
+from compress.measure import Validation
 from compress.recipe import Optimizer
 from compress.restore_callbacks import COMPLETE, ShrinkAndPerturb
 from compress.rows import RestorationRows
@@ -56,7 +57,7 @@ class Course:
     best: int
     """the evaluation, an index of `curve`, of the state that was kept"""
     curve: list[dict[str, float]]
-    """by evaluation, the first right after the cut: `tokens`, `nll`, and `ndcg@10` where that chose"""
+    """by evaluation, the first right after the cut: `tokens`, and `nll` and `kl` of `Validation`"""
     losses: list[dict[str, float]]
     """by log entry: `tokens`, `loss`, `kl_valid`, `kl_vocabulary`"""
 
@@ -76,8 +77,7 @@ def restore(
     states: TeacherStates,
     rows: RestorationRows,
     trie: Trie,
-    validate: Callable[[PreTrainedModel], float],
-    rank: Callable[[PreTrainedModel], float] | None = None,
+    validate: Callable[[PreTrainedModel], Validation],
     directory: Path,
     settings: RestoreSettings,
 ) -> Restored:
@@ -88,14 +88,14 @@ def restore(
 
     Args:
         teacher_head: the unpruned model's head `[vocabulary, teacher hidden]`, fp32.
-        validate: negative log-likelihood of the next item on validation users, nats; lower is better.
-        rank: NDCG@10 on validation users, for models that were chosen by it; None: the NLL decides.
+        validate: what validation users say of a model. The KL decides, or the NLL where the loss has nothing
+            of the full model.
 
     Raises:
         LeanRecError: it diverges; says where the best state is.
     """
     checkpoint = _last_checkpoint(directory)
-    chosen_by = "ndcg@10" if rank else "nll"
+    chosen_by = "kl" if settings.weights.has_teacher else "nll"
     arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
     dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
@@ -116,7 +116,6 @@ def restore(
         valid_tokens=ValidTokens(trie, arguments.device),
         weights=settings.weights,
         validate=validate,
-        rank=rank,
         start=start,
         guess=math.log(trie.num_leaves),
         optimizer="adamw" if is_short else settings.optimizer,
@@ -128,13 +127,11 @@ def restore(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
     tokens_a_step = settings.batch_rows * rows.mean_tokens
-    measured = ("eval_nll", "eval_ndcg@10")[: 2 if rank else 1]
-    curve = _entries(state.log_history, measured, tokens_a_step)
+    curve = _entries(state.log_history, ("eval_nll", "eval_kl"), tokens_a_step)
     best_step = state.best_global_step or 0
-    sign = -1 if rank else 1
-    if sign * curve[0][chosen_by] <= min(sign * entry[chosen_by] for entry in curve[1:]):
+    if curve[0][chosen_by] <= min(entry[chosen_by] for entry in curve[1:]):
         best_step = 0
-    evaluated = [entry["step"] for entry in state.log_history if measured[0] in entry]
+    evaluated = [entry["step"] for entry in state.log_history if "eval_nll" in entry]
     course = Course(
         steps=state.global_step,
         tokens=round(state.global_step * tokens_a_step),
@@ -183,7 +180,7 @@ def _arguments(
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model=chosen_by,
-        greater_is_better=chosen_by != "nll",
+        greater_is_better=False,
         seed=settings.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=cuda,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
-from compress.measure import Yardstick
+from compress.measure import Yardstick, keep_paths, open_paths
 from compress.per_layer import prune_per_layer
 from compress.plan import Plan, shape_after
 from compress.prune import prune_depth, prune_mlp, prune_width
@@ -38,6 +38,7 @@ from models.precision import fast_products
 from models.streams import StreamConfig
 
 CALIBRATION_BATCH_ROWS = 8
+VALIDATION = "validation.npy"
 EVALUATIONS = 5
 """of a stage with most of the tokens"""
 
@@ -113,13 +114,20 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
             bench,
             "full",
             "full model: NLL of validation users",
-            lambda: ({"metrics": {"nll": bench.yardstick.nll(teacher)}}, None),
+            lambda: ({"metrics": {"nll": _validated_full(bench)}}, None),
             shared,
         )
     for stage, name in enumerate(step_names(run.plan)):
         if finished(work, name) is None:
             _cut(bench, stage, name)
             _restore(bench, stage, name)
+
+
+def _validated_full(bench: Bench) -> float:
+    """Return the full model's NLL, having kept what it says on the way to each next item."""
+    nll, paths = bench.yardstick.paths(bench.teacher)
+    keep_paths(paths, bench.shared / VALIDATION)
+    return nll
 
 
 def _heading(run: Run, stage: int) -> str:
@@ -169,14 +177,14 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     set_seed(run.seed)
     trainer_files = bench.work / f"{name}.trainer"
     check_step_model(bench.work, f"{name}-cut")
+    full = open_paths(bench.shared / VALIDATION, bench.shared / "full")
     result = restore(
         bench.work / f"{name}-cut",
         teacher_head=bench.head,
         states=bench.states,
         rows=bench.rows,
         trie=run.teacher.trie,
-        validate=bench.yardstick.nll,
-        rank=bench.yardstick.ndcg if _ranks(run, stage) else None,
+        validate=lambda model: bench.yardstick.beside(model, full),
         directory=trainer_files,
         settings=RestoreSettings(
             tokens=round(run.tokens * run.stages[stage].share),
@@ -198,15 +206,6 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     _step(bench, name, f"{_heading(run, stage)}: restored", make)
     if bench.processes.is_main_process:
         remove_trainer_files(trainer_files)
-
-
-def _ranks(run: Run, stage: int) -> bool:
-    """Return whether NDCG@10 chooses a stage's best state: at the end, where it chose the full model's.
-
-    After an early stage's few steps a model can rank worse than right after the cut and still be the better
-    start for the next.
-    """
-    return stage == len(run.stages) - 1 and run.full.training.get("chosen_by") == "ndcg@10"
 
 
 def _step(

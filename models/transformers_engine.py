@@ -90,6 +90,19 @@ class TransformersEngine:
         """Return the score of one given catalogue row for each prompt, float64 `[prompts]`."""
         return self._of_targets(prompts, rows, k=0)[0]
 
+    def path_log_probs(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return what `log_probability` does, and all that it was chosen among.
+
+        Returns:
+            Scores, float64 `[prompts]`; for each prompt the log-probabilities of all children of the nodes on
+            the way to its row, the root's first, float32 `[children]`.
+        """
+        paths: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
+        scores, _ = self._of_targets(prompts, rows, k=0, paths=paths)
+        return scores, paths
+
     def rank(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], k: int = 10
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,7 +120,11 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _of_targets(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], k: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        k: int,
+        paths: list[np.ndarray] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         was_training = self.model.training
         self.model.eval()
@@ -117,24 +134,28 @@ class TransformersEngine:
             indices = order[start : start + self.batch_size]
             asked, targets = [list(prompts[i]) for i in indices], [rows[i] for i in indices]
             tree = _TreeCache(self.model, self.trie, asked)
-            scores[indices] = self._scores(tree, targets)
+            scores[indices], along = self._scores(tree, targets)
+            if paths is not None:
+                for index, found in zip(indices, along, strict=True):
+                    paths[index] = found
             if k:
                 ranks[indices] = self._ranks(tree, asked, targets, scores[indices], k)
         self.model.train(was_training)
         return scores, ranks
 
-    def _scores(self, tree: "_TreeCache", rows: Sequence[int]) -> np.ndarray:
-        """Return the score of a row for each prompt of a batch."""
+    def _scores(self, tree: "_TreeCache", rows: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the score of a row for each prompt of a batch, and the log-probabilities on its way."""
         scores = np.zeros(len(rows))
         paths = [self.trie.branches_of_leaf(int(self.trie.leaf_of_item[row])) for row in rows]
         pairs = [(b, node) for b, (nodes, _) in enumerate(paths) for node in nodes]
         choices = [choice for _, picks in paths for choice in picks]
         found = self._head.log_probs(tree.hidden(pairs), [n for _, n in pairs])
         widths = [len(self.trie.children(node)[0]) for _, node in pairs]
-        starts = np.cumsum([0, *widths[:-1]])
-        for (b, _), place in zip(pairs, (starts + choices).tolist(), strict=True):
+        starts = np.cumsum([0, *widths])
+        for (b, _), place in zip(pairs, (starts[:-1] + choices).tolist(), strict=True):
             scores[b] += found[place]
-        return scores
+        firsts = np.cumsum([0, *(len(nodes) for nodes, _ in paths)])
+        return scores, np.split(found, starts[firsts[1:-1]])
 
     def _ranks(
         self,

@@ -68,7 +68,11 @@ def evidence_of(plan: Plan) -> Evidence:
     for number, told in enumerate(surgery):
         start, tokens = 6.4 - 0.2 * number, 500_000 * (number + 1)
         steps = np.linspace(0, 1, 9)
-        curve = [{"tokens": tokens * x, "nll": 5.8 + (start - 5.8) * float(np.exp(-4 * x))} for x in steps]
+        left = [float(np.exp(-4 * x)) for x in steps]
+        curve = [
+            {"tokens": tokens * x, "nll": 5.8 + (start - 5.8) * share, "kl": share}
+            for x, share in zip(steps, left, strict=True)
+        ]
         losses = [
             {"tokens": tokens * x, "kl_valid": 0.04 + 0.4 * float(np.exp(-6 * x))}
             for x in np.linspace(0.02, 1, 60)

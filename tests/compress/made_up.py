@@ -34,7 +34,7 @@ def on_test_users(ndcg: float) -> dict[str, Any]:
 
 def make_evidence() -> Evidence:
     """Return what a compression in three stages may find."""
-    curve = [{"tokens": 100 * n, "nll": 5.0 - n / 10} for n in range(6)]
+    curve = [{"tokens": 100 * n, "nll": 5.0 - n / 10, "kl": 1.0 - n / 10} for n in range(6)]
     losses = [
         {"tokens": 100 * n, "loss": 1.0, "kl_valid": 1.0 / (n + 1), "kl_vocabulary": 0.1} for n in range(1, 6)
     ]

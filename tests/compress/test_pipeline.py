@@ -66,11 +66,11 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
         cut, restored = work.finished(directory, f"{name}-cut"), work.finished(directory, name)
         model = work.load_step_model(directory, name)
         assert Shape.of(model.config) == run.plan.stages[stage]
-        best = min(entry["nll"] for entry in restored["curve"])
-        assert restored["curve"][restored["best"]]["nll"] == best
-        validation = run.data.valid.sample(run.recipe.validation_users, run.seed)
-        with torch.no_grad():
-            assert Yardstick(run.teacher, validation).nll(model) == pytest.approx(best, abs=1e-4)
+        best = restored["curve"][restored["best"]]
+        assert best["kl"] == min(entry["kl"] for entry in restored["curve"])
+        users = Yardstick(run.teacher, run.data.valid.sample(run.recipe.validation_users, run.seed))
+        found = users.beside(model, users.paths(load_model(run.teacher))[1])
+        assert [found.nll, found.kl] == pytest.approx([best["nll"], best["kl"]], abs=1e-4)
         assert cut["surgery"][0]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"
     assert restored["losses"][-1]["kl_valid"] < 0.8 * restored["losses"][0]["kl_valid"]

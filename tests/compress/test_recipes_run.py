@@ -14,7 +14,7 @@ from compress.job import Job
 from compress.pipeline import prepare
 from compress.recipe import RECIPES
 from compress.restore import Course, Restored
-from compress.stages import _ranks, run_stages, step_names
+from compress.stages import run_stages, step_names
 from compress.work import finished, load_step_model, sharing
 from models.families import Shape, count_parameters
 from tests.tiny import make_tiny_recommender
@@ -143,14 +143,6 @@ def test_what_is_shared_is_made_by_one_run_while_another_waits(tmp_path):
     assert order == ["first", "second"]
     with sharing(None):
         pass
-
-
-def test_ranking_chooses_the_end_of_a_run_whose_full_model_it_chose(full):
-    plain = prepared(full, "leanrec")
-    full_model = replace(plain.full, training={**plain.full.training, "chosen_by": "ndcg@10"})
-    chosen = replace(plain, full=full_model)
-    assert [_ranks(chosen, stage) for stage in range(3)] == [False, False, True]
-    assert not _ranks(plain, 2)
 
 
 def test_a_full_model_that_learnt_from_pieces_reads_whole_histories(full, tmp_path, monkeypatch):

@@ -49,7 +49,10 @@ def test_report_has_the_stable_keys(evidence):
     assert compared["difference"] == pytest.approx(0.25)
     assert compared["difference_ci95"][0] <= 0.25 <= compared["difference_ci95"][1]
     assert [set(stage) for stage in report["stages"]] == [STAGE_KEYS] * 3
-    assert report["stages"][0]["metrics"] == {"cut": {"nll": 5.0}, "restored": {"nll": 4.6}}
+    assert report["stages"][0]["metrics"] == {
+        "cut": {"nll": 5.0, "kl": 1.0},
+        "restored": {"nll": 4.6, "kl": 0.6},
+    }
     assert report["seconds"] == sum(report["seconds_by_step"].values())
     assert report["seconds"] == pytest.approx(11 + 5 + 3 * 30 + 7)
     assert set(report["verify"]) == {"engine", "prompts", "greedy_equal", "max_abs_logprob_diff"}
@@ -128,7 +131,7 @@ def test_every_cut_of_layers_has_its_figure():
     halved = COMPRESSIONS["halved"]()
     page = render_page(make_report(halved), halved)
     assert re.findall(r"Importance by layer of (\d+)", page) == ["30", "15"]
-    assert page.count("half the layers") >= 3  # in the table of stages, and in both curves of restoration
+    assert page.count("half the layers") >= 4  # in the table of stages, and in the curves of restoration
 
 
 def test_without_vllm_the_page_and_the_card_say_that_nothing_was_verified(evidence, tmp_path):

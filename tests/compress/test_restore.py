@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import distill
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
+from compress.measure import Validation
 from compress.muon import MuonWithAdamW
 from compress.restore import SHORT_RUN_STEPS, RestoreSettings, restore, training_steps
 from compress.rows import RestorationRows, collate, make_rows
@@ -221,7 +222,7 @@ def test_teacher_states_beyond_fp16_are_refused(tiny, rows, tmp_path):
 SETTINGS = RestoreSettings(tokens=9000, learning_rate=3e-3, batch_rows=4, evaluations=5, seed=3)
 
 
-def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None, rank=None):
+def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None):
     return restore(
         start or bench.start,
         teacher_head=bench.teacher.get_output_embeddings().weight.detach().clone(),
@@ -229,10 +230,14 @@ def run_restore(bench, directory, validate, settings=SETTINGS, *, start=None, ra
         rows=bench.rows,
         trie=bench.recommender.trie,
         validate=validate,
-        rank=rank,
         directory=directory,
         settings=settings,
     )
+
+
+def same(found):
+    """A validation of which NLL and KL say the same."""
+    return Validation(nll=found, kl=found)
 
 
 def mean_kl(model, bench):
@@ -251,15 +256,15 @@ def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path)
 
     def validate(model):
         calls.append(1)
-        return mean_kl(model, bench)
+        return same(mean_kl(model, bench))
 
     whole = run_restore(bench, tmp_path / "whole", validate)
     evaluations = len(whole.course.curve)
     assert len(calls) == evaluations
     first, last = whole.course.curve[0], whole.course.curve[-1]
     assert first["tokens"] == 0, "the state right after the cut is on the curve"
-    assert last["nll"] < 0.8 * first["nll"]
-    assert mean_kl(whole.model, bench) == pytest.approx(last["nll"], abs=1e-4)
+    assert last["kl"] < 0.8 * first["kl"]
+    assert mean_kl(whole.model, bench) == pytest.approx(last["kl"], abs=1e-4)
     assert whole.course.losses[-1]["kl_valid"] < whole.course.losses[0]["kl_valid"]
     steps, every = training_steps(bench.rows, SETTINGS)
     assert whole.course.steps == steps
@@ -289,30 +294,31 @@ def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path)
     assert torch.equal(head_of(again.model), head_of(whole.model))
 
 
+LOSSES = {"teacher": SETTINGS.weights, "targets": LossWeights(targets=1.0)}
+
+
 @pytest.mark.parametrize(
-    ("values", "best"), [([5.0, 4.0, 1.0, 2.0, 3.0, 3.5], 2), ([1.0, 4.0, 3.0, 2.0, 3.0, 3.5], 0)]
+    ("loss", "kl", "best"),
+    [
+        ("teacher", [0.9, 0.5, 0.1, 0.2, 0.3, 0.4], 2),
+        ("teacher", [0.1, 0.5, 0.3, 0.2, 0.3, 0.4], 0),
+        ("targets", [0.9, 0.5, 0.1, 0.2, 0.3, 0.4], 4),
+    ],
 )
-def test_the_best_state_is_kept_not_the_last(bench, tmp_path, values, best):
-    given = iter(values)
-    result = run_restore(bench, tmp_path, lambda model: next(given))
+def test_the_state_nearest_the_full_model_is_kept_or_the_likeliest_where_the_loss_has_no_teacher(
+    bench, tmp_path, loss, kl, best
+):
+    nll = [5.0, 4.9, 4.8, 4.7, 4.6, 4.8]
+    given = iter(zip(nll, kl, strict=True))
+    settings = dataclasses.replace(SETTINGS, weights=LOSSES[loss])
+    result = run_restore(bench, tmp_path, lambda model: Validation(*next(given)), settings)
+    assert [(entry["nll"], entry["kl"]) for entry in result.course.curve] == list(zip(nll, kl, strict=True))
     _, every = training_steps(bench.rows, SETTINGS)
     assert result.course.best == best
     kept = AutoModelForCausalLM.from_pretrained(
         tmp_path / f"checkpoint-{best * every}" if best else bench.start
     )
     assert torch.equal(head_of(result.model), head_of(kept))
-
-
-@pytest.mark.parametrize(
-    ("ranked", "best"), [([0.1, 0.2, 0.4, 0.3, 0.3, 0.3], 2), ([0.5, 0.2, 0.4, 0.3, 0.3, 0.3], 0)]
-)
-def test_where_it_ranks_the_best_ranking_is_kept_whatever_the_nll(bench, tmp_path, ranked, best):
-    worse, given = iter(range(3, 9)), iter(ranked)
-    result = run_restore(
-        bench, tmp_path, lambda model: float(next(worse)) / 3, rank=lambda model: next(given)
-    )
-    assert result.course.best == best
-    assert [entry["ndcg@10"] for entry in result.course.curve] == ranked
 
 
 @pytest.mark.slow
@@ -324,12 +330,12 @@ def test_a_long_restoration_starts_from_shrunken_weights_and_still_counts_the_cu
 
     def validate(model):
         seen.append(model.model.layers[0].mlp.down_proj.weight.detach().std().item())
-        return mean_kl(model, bench)
+        return same(mean_kl(model, bench))
 
     settings = dataclasses.replace(SETTINGS, keep=0.5, learning_rate=1e-9)
     made = run_restore(bench, tmp_path / "whole", validate, settings)
     start = AutoModelForCausalLM.from_pretrained(bench.start)
-    assert made.course.curve[0]["nll"] == pytest.approx(mean_kl(start, bench), abs=1e-4)
+    assert made.course.curve[0]["kl"] == pytest.approx(mean_kl(start, bench), abs=1e-4)
     assert seen[0] == pytest.approx(start.model.layers[0].mlp.down_proj.weight.std().item())
     expected = copy.deepcopy(start)
     shrink_and_perturb(expected, keep=0.5, seed=settings.seed)
@@ -365,7 +371,7 @@ def test_muon_is_for_restorations_that_are_not_short(bench, tmp_path, monkeypatc
 
     monkeypatch.setattr("compress.distillation_trainer.MuonWithAdamW", muon)
     settings = dataclasses.replace(SETTINGS, tokens=600, evaluations=1, optimizer=asked)
-    run_restore(bench, tmp_path, lambda model: 1.0, settings)
+    run_restore(bench, tmp_path, lambda model: same(1.0), settings)
     assert len(given) == made
     assert [options["rate"] for options in given] == [SETTINGS.learning_rate] * made
 
@@ -374,8 +380,9 @@ def test_muon_is_for_restorations_that_are_not_short(bench, tmp_path, monkeypatc
 def test_a_short_restoration_mends_the_weights_as_they_are(bench, tmp_path):
     steps, _ = training_steps(bench.rows, SETTINGS)
     assert steps < SHORT_RUN_STEPS
-    kept = run_restore(bench, tmp_path / "a", lambda model: 1.0, dataclasses.replace(SETTINGS, keep=0.5))
-    plain = run_restore(bench, tmp_path / "b", lambda model: 1.0, SETTINGS)
+    halved = dataclasses.replace(SETTINGS, keep=0.5)
+    kept = run_restore(bench, tmp_path / "a", lambda model: same(1.0), halved)
+    plain = run_restore(bench, tmp_path / "b", lambda model: same(1.0), SETTINGS)
     assert kept.course == plain.course
 
 
@@ -386,14 +393,14 @@ def test_a_loss_that_is_not_finite_stops_with_an_error(bench, tmp_path):
     model.save_pretrained(tmp_path / "broken")
     short = dataclasses.replace(SETTINGS, tokens=100)
     with pytest.raises(LeanRecError, match=r"diverged at step \d+: the loss is not finite.*broken, as"):
-        run_restore(bench, tmp_path / "work", lambda model: 1.0, short, start=tmp_path / "broken")
+        run_restore(bench, tmp_path / "work", lambda model: same(1.0), short, start=tmp_path / "broken")
 
 
 def test_a_restoration_that_comes_apart_stops_and_says_where_its_best_state_is(bench, tmp_path):
     values = iter([4.0, 3.5, 3.6, 6.9])
     with pytest.raises(LeanRecError, match=r"the validation NLL is 6.9, 4 at the start") as told:
-        run_restore(bench, tmp_path / "work", lambda model: next(values))
+        run_restore(bench, tmp_path / "work", lambda model: same(next(values)))
     _, every = training_steps(bench.rows, SETTINGS)
     best = tmp_path / "work" / f"checkpoint-{every}"
-    assert f"{best} (validation NLL 3.5000)" in str(told.value)
+    assert f"{best} (validation KL 3.5000)" in str(told.value)
     AutoModelForCausalLM.from_pretrained(best)
