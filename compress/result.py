@@ -41,7 +41,7 @@ from models.data import Examples
 from models.errors import LeanRecError
 from models.evaluate import evaluate, evaluate_baselines
 from models.golden import write_golden
-from models.metrics import Paired, each_user_once, paired, target_ranks, user_weights
+from models.metrics import Paired, paired, target_ranks, user_weights
 from models.precision import fast_products
 from models.ranked_lists import RANKED_LISTS, write_lists
 from models.transformers_engine import TransformersEngine
@@ -271,12 +271,8 @@ def _tested(
     tested["pruned"] = _ranked(run, "pruned", read_recommender(candidate), work)
     lists = {name: facts["lists"] for name, facts in tested.items()}
     ranks = {name: target_ranks(lists[name], test.targets) for name in tested}
-    tests = {"baselines": baselines["baselines"]}
-    for name, facts in tested.items():
-        # Told anew: rankings that an earlier version kept do not have it.
-        once = each_user_once(ranks[name], test.histories.user_ids)
-        tests[name] = facts["metrics"] | ({"each_user_once": once} if once else {})
-    return tests, ranks, lists
+    metrics = {name: facts["metrics"] for name, facts in tested.items()}
+    return {"baselines": baselines["baselines"], **metrics}, ranks, lists
 
 
 def _compared(
