@@ -81,6 +81,8 @@ def main() -> None:
 def _ranks(run: Path, data: Dataset) -> list[np.ndarray]:
     """Return each test target's rank by the full and by the pruned model."""
     test, ids, rows = data.test, data.catalog.item_ids, data.catalog.row_of
+    if not (run / RANKED_LISTS).is_file():
+        raise SystemExit(f"losses: {run} has no {RANKED_LISTS}; name a directory that `compress` wrote")
     table = pq.read_table(run / RANKED_LISTS).to_pydict()  # in the order of the test part
     if table["target"] != [ids[target] for target in test.targets]:
         raise SystemExit(f"losses: {run} was not tested on these data")

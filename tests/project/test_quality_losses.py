@@ -59,3 +59,9 @@ def test_another_result_may_gain_over_cases_and_lose_over_users(folder, monkeypa
     gained = told(folder, monkeypatch, capsys)["gained on the other"]
     assert gained["over cases"]["ndcg@10"]["difference"] == pytest.approx((30 - 26) / 36)
     assert gained["each user once"]["ndcg@10"]["difference"] == pytest.approx((30 - 21) / 31)
+
+
+def test_a_folder_without_lists_is_named(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["losses", "--run", str(folder), "--data", str(folder)])
+    with pytest.raises(SystemExit, match=r"data has no test-lists\.parquet; name a directory that"):
+        main()
