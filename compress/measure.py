@@ -2,13 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from compress.work import damaged
-from models.atomic import new_file
 from models.checkpoint import Recommender
 from models.data import Examples
 from models.precision import fast_products
@@ -49,27 +46,8 @@ class Yardstick:
             scores, paths = engine.path_log_probs(self._prompts, self.examples.targets.tolist())
         return -float(np.mean(scores)), np.concatenate(paths)
 
-    def beside(self, model: PreTrainedModel, full: np.ndarray) -> Validation:
+    def validation(self, model: PreTrainedModel, full: np.ndarray) -> Validation:
         """Return how a model does beside the full one, whose `paths` are given."""
         nll, found = self.paths(model)
         kl = float(np.sum(np.exp(full) * (full - found), dtype=np.float64)) / len(self.examples)
         return Validation(nll, kl)
-
-
-def keep_paths(paths: np.ndarray, file: Path) -> None:
-    """Write the full model's `Yardstick.paths`."""
-    with new_file(file) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, paths, allow_pickle=False)
-
-
-def open_paths(file: Path, step: Path) -> np.ndarray:
-    """Return what `keep_paths` wrote in a step that is stored in `step`.
-
-    Raises:
-        LeanRecError: the file is damaged.
-    """
-    try:
-        paths: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise damaged(file, step) from error
-    return paths

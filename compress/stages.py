@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
-from compress.measure import Yardstick, keep_paths, open_paths
+from compress.measure import Yardstick
 from compress.per_layer import prune_per_layer
 from compress.plan import Plan, shape_after
 from compress.prune import prune_depth, prune_mlp, prune_width
@@ -28,9 +28,11 @@ from compress.work import (
     check_step_model,
     finished,
     load_step_model,
+    open_array,
     remove_trainer_files,
     save_step,
     sharing,
+    write_array,
 )
 from models.checkpoint import load_model
 from models.families import Shape
@@ -38,7 +40,8 @@ from models.precision import fast_products
 from models.streams import StreamConfig
 
 CALIBRATION_BATCH_ROWS = 8
-VALIDATION = "validation.npy"
+FULL_PATHS = "full-paths.npy"
+"""the full model's `Yardstick.paths`"""
 EVALUATIONS = 5
 """of a stage with most of the tokens"""
 
@@ -126,7 +129,7 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
 def _validated_full(bench: Bench) -> float:
     """Return the full model's NLL, having kept what it says on the way to each next item."""
     nll, paths = bench.yardstick.paths(bench.teacher)
-    keep_paths(paths, bench.shared / VALIDATION)
+    write_array(bench.shared / FULL_PATHS, paths)
     return nll
 
 
@@ -177,14 +180,14 @@ def _restore(bench: Bench, stage: int, name: str) -> None:
     set_seed(run.seed)
     trainer_files = bench.work / f"{name}.trainer"
     check_step_model(bench.work, f"{name}-cut")
-    full = open_paths(bench.shared / VALIDATION, bench.shared / "full")
+    full_paths = open_array(bench.shared / FULL_PATHS, bench.shared / "full")
     result = restore(
         bench.work / f"{name}-cut",
         teacher_head=bench.head,
         states=bench.states,
         rows=bench.rows,
         trie=run.teacher.trie,
-        validate=lambda model: bench.yardstick.beside(model, full),
+        validate=lambda model: bench.yardstick.validation(model, full_paths),
         directory=trainer_files,
         settings=RestoreSettings(
             tokens=round(run.tokens * run.stages[stage].share),

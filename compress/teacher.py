@@ -16,8 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from compress.rows import RestorationRows, collate
-from compress.work import damaged
-from models.atomic import new_file
+from compress.work import damaged, open_array, write_array
 from models.errors import LeanRecError
 
 CHUNK_ROWS = 32
@@ -76,8 +75,7 @@ def cache_teacher(
             _states(model, rows, range(start, min(start + batch, last)))
             for start in range(first, last, batch)
         ]
-        with new_file(paths[chunk]) as temporary, open(temporary, "wb") as file:
-            np.save(file, np.concatenate(states), allow_pickle=False)
+        write_array(paths[chunk], np.concatenate(states))
 
 
 def open_states(rows: RestorationRows, directory: Path) -> TeacherStates:
@@ -89,10 +87,7 @@ def open_states(rows: RestorationRows, directory: Path) -> TeacherStates:
     offsets = np.concatenate([[0], np.cumsum(rows.title_counts)])
     chunks = []
     for chunk, path in enumerate(_chunk_paths(directory, len(rows))):
-        try:
-            states = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise damaged(path, path) from error
+        states = open_array(path, path)
         last = min((chunk + 1) * CHUNK_ROWS, len(rows))
         if len(states) != offsets[last] - offsets[chunk * CHUNK_ROWS]:
             raise damaged(path, path)

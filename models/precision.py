@@ -39,10 +39,16 @@ def check_int8_products(subject: str) -> None:
         )
 
 
+def cpu_fact(name: str) -> str:
+    """Return what Linux says of the first core; empty where it says nothing under that name."""
+    text = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
+    facts = (line.partition(":") for line in text.splitlines())
+    return next((value.strip() for key, _, value in facts if key.strip() == name), "")
+
+
 def _cpu_flags() -> set[str]:
     """Return what x86 CPUs say of themselves; others say nothing under that name."""
-    facts = CPU_FACTS.read_text(encoding="utf-8") if CPU_FACTS.is_file() else ""
-    return next((set(line.split()) for line in facts.splitlines() if line.startswith("flags")), set())
+    return set(cpu_fact("flags").split())
 
 
 def served_dtype(device: str) -> str:

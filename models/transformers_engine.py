@@ -1,7 +1,7 @@
 """The search on a transformers model: evaluation while training, and the reference for vLLM."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,10 +86,15 @@ class TransformersEngine:
         self.model.train(was_training)
         return [results[i] for i in range(len(requests))]
 
+    @torch.inference_mode()
     def log_probability(self, prompts: Sequence[Sequence[int]], rows: Sequence[int]) -> np.ndarray:
         """Return the score of one given catalogue row for each prompt, float64 `[prompts]`."""
-        return self._of_targets(prompts, rows, k=0)[0]
+        scores = np.zeros(len(prompts))
+        for indices, tree in self._prefilled(prompts):
+            scores[indices], _ = self._scores(tree, [rows[i] for i in indices])
+        return scores
 
+    @torch.inference_mode()
     def path_log_probs(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -99,10 +104,14 @@ class TransformersEngine:
             Scores, float64 `[prompts]`; for each prompt the log-probabilities of all children of the nodes on
             the way to its row, the root's first, float32 `[children]`.
         """
-        paths: list[np.ndarray] = [np.empty(0, np.float32)] * len(prompts)
-        scores, _ = self._of_targets(prompts, rows, k=0, paths=paths)
-        return scores, paths
+        scores = np.zeros(len(prompts))
+        paths: dict[int, np.ndarray] = {}
+        for indices, tree in self._prefilled(prompts):
+            scores[indices], found = self._scores(tree, [rows[i] for i in indices])
+            paths.update(zip(indices, found, strict=True))
+        return scores, [paths[i] for i in range(len(prompts))]
 
+    @torch.inference_mode()
     def rank(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], k: int = 10
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -116,32 +125,22 @@ class TransformersEngine:
             `[prompts]`. Where a search's budget ends before that is settled, its place in the list that would
             be served.
         """
-        return self._of_targets(prompts, rows, k)
+        scores, ranks = np.zeros(len(prompts)), np.zeros(len(prompts), np.int64)
+        for indices, tree in self._prefilled(prompts):
+            asked, targets = [list(prompts[i]) for i in indices], [rows[i] for i in indices]
+            scores[indices], _ = self._scores(tree, targets)
+            ranks[indices] = self._ranks(tree, asked, targets, scores[indices], k)
+        return scores, ranks
 
-    @torch.inference_mode()
-    def _of_targets(
-        self,
-        prompts: Sequence[Sequence[int]],
-        rows: Sequence[int],
-        k: int,
-        paths: list[np.ndarray] | None = None,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _prefilled(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], "_TreeCache"]]:
+        """Yield the prompts' indices, those of like length together, and the cache of each batch."""
         was_training = self.model.training
         self.model.eval()
-        scores, ranks = np.zeros(len(prompts)), np.zeros(len(prompts), np.int64)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
-            asked, targets = [list(prompts[i]) for i in indices], [rows[i] for i in indices]
-            tree = _TreeCache(self.model, self.trie, asked)
-            scores[indices], along = self._scores(tree, targets)
-            if paths is not None:
-                for index, found in zip(indices, along, strict=True):
-                    paths[index] = found
-            if k:
-                ranks[indices] = self._ranks(tree, asked, targets, scores[indices], k)
+            yield indices, _TreeCache(self.model, self.trie, [list(prompts[i]) for i in indices])
         self.model.train(was_training)
-        return scores, ranks
 
     def _scores(self, tree: "_TreeCache", rows: Sequence[int]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return the score of a row for each prompt of a batch, and the log-probabilities on its way."""

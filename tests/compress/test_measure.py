@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress.measure import Yardstick, keep_paths, open_paths
+from compress.measure import Yardstick
+from compress.work import open_array, write_array
 from models.checkpoint import load_model, read_recommender
 from models.errors import LeanRecError
 from tests.tiny import make_tiny_recommender, tiny_model
@@ -44,20 +45,20 @@ def test_the_distance_is_the_kl_along_the_way_to_each_next_item(tmp_path: Path) 
     nll, paths = yardstick.paths(full)
     assert nll == pytest.approx(yardstick.nll(full), abs=1e-6)
     np.testing.assert_allclose(paths, theirs, atol=0.1)  # its products may be bf16
-    keep_paths(paths, tmp_path / "validation.npy")
-    kept = open_paths(tmp_path / "validation.npy", tmp_path)
-    found = yardstick.beside(model, kept)
+    write_array(tmp_path / "full.npy", paths)
+    kept = open_array(tmp_path / "full.npy", tmp_path)
+    found = yardstick.validation(model, kept)
     assert found.kl == pytest.approx((np.exp(theirs) * (theirs - ours)).sum() / len(users), rel=0.01)
     assert found.kl > 0.1
     assert found.nll == pytest.approx(yardstick.nll(model), abs=1e-6)
-    assert yardstick.beside(full, kept).kl == pytest.approx(0, abs=1e-6)
+    assert yardstick.validation(full, kept).kl == pytest.approx(0, abs=1e-6)
 
 
-def test_a_damaged_file_of_the_full_model_s_view_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "validation.npy"
-    with pytest.raises(LeanRecError, match=r"validation\.npy: is damaged or missing; remove .*full and run"):
-        open_paths(file, tmp_path / "full")
-    keep_paths(np.zeros(100, np.float32), file)
+def test_a_damaged_array_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "full.npy"
+    with pytest.raises(LeanRecError, match=r"full\.npy: is damaged or missing; remove .*full and run"):
+        open_array(file, tmp_path / "full")
+    write_array(file, np.zeros(100, np.float32))
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(LeanRecError, match=r"validation\.npy: is damaged or missing; remove .*full and run"):
-        open_paths(file, tmp_path / "full")
+    with pytest.raises(LeanRecError, match=r"full\.npy: is damaged or missing; remove .*full and run"):
+        open_array(file, tmp_path / "full")

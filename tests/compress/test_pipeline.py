@@ -69,7 +69,7 @@ def test_each_stage_has_the_planned_shape_and_restoration_helps(staged):
         best = restored["curve"][restored["best"]]
         assert best["kl"] == min(entry["kl"] for entry in restored["curve"])
         users = Yardstick(run.teacher, run.data.valid.sample(run.recipe.validation_users, run.seed))
-        found = users.beside(model, users.paths(load_model(run.teacher))[1])
+        found = users.validation(model, users.paths(load_model(run.teacher))[1])
         assert [found.nll, found.kl] == pytest.approx([best["nll"], best["kl"]], abs=1e-4)
         assert cut["surgery"][0]["parameters"] == run.plan.stage_counts[stage]
         assert not (directory / f"{name}.trainer").exists(), "the Trainer's own files are gone"

@@ -3,6 +3,7 @@
 import pytest
 
 from loadtest import machine
+from models import precision
 
 TOLD = """processor\t: 0
 model name\t: AMD EPYC
@@ -24,12 +25,12 @@ flags\t\t: amx_bf16
 def test_what_multiplies_bf16_is_named(tmp_path, monkeypatch, flags, words):
     facts = tmp_path / "cpuinfo"
     facts.write_text(TOLD.format(flags=flags), encoding="utf-8")
-    monkeypatch.setattr(machine, "CPU_FACTS", facts)
+    monkeypatch.setattr(precision, "CPU_FACTS", facts)
     assert machine.processors().partition(" x ")[2] == words
     assert machine.describe_machine()["cpu"] == "AMD EPYC"
 
 
 def test_elsewhere_the_platform_s_own_name_stands(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "CPU_FACTS", tmp_path / "none")
+    monkeypatch.setattr(precision, "CPU_FACTS", tmp_path / "none")
     monkeypatch.setattr(machine.platform, "processor", lambda: "arm")
     assert machine.processors().endswith(" x arm")
