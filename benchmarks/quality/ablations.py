@@ -51,6 +51,15 @@ ABLATIONS: dict[str, Recipe] = {
     "same-rate": replace(_DEFAULT, stages=tuple(replace(stage, mends=False) for stage in _DEFAULT.stages)),
     "adamw": replace(_DEFAULT, optimizer="adamw"),
     "random-adamw": replace(RECIPES["random"], optimizer="adamw"),
+    "random-four-drawings": replace(RECIPES["random"], drawings=4),
+    # Every layer stays, and what is cut still works when the last restoration begins.
+    "width-mended": replace(
+        RECIPES["width-only"],
+        stages=(
+            Stage(cuts=("width",), share=0.1, learning_rate=1e-3, mends=True),
+            Stage(cuts=("mlp",), share=0.9, learning_rate=2e-3, mends=True),
+        ),
+    ),
     "as-cut": replace(_DEFAULT, stages=tuple(replace(stage, keep=1.0) for stage in _DEFAULT.stages)),
 }
 

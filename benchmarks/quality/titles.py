@@ -42,6 +42,8 @@ TITLES = {
     "same-rate": "LeanRec, early stages at one learning rate whatever the depth",
     "adamw": "LeanRec, by AdamW alone",
     "random-adamw": "random weights, distilled, by AdamW alone",
+    "random-four-drawings": "random weights, distilled on four drawings of the windows, not two",
+    "width-mended": "every layer kept, width and MLP cut in two stages and mended by AdamW",
     "as-cut": "LeanRec, restored from the weights as they were cut",
     "bigram": "last-item bigram",
     "popularity": "popularity",
