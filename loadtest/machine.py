@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from models.precision import cpu_fact
+from models.precision import cpu_fact, cpu_flags
 
 BF16_PRODUCTS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 """x86 flags, the faster first"""
@@ -31,7 +31,7 @@ def processors() -> str:
 
     Machines of one name may differ there, and by several times in speed.
     """
-    flags = set(cpu_fact("flags").split())
+    flags = cpu_flags()
     fast = next((f" with {name}" for flag, name in BF16_PRODUCTS.items() if flag in flags), "")
     return f"{len(os.sched_getaffinity(0))} x {_cpu_model()}{fast}"
 

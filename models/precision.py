@@ -17,7 +17,7 @@ def prefers_bf16(device: str) -> bool:
         import torch
 
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return "avx512_bf16" in _cpu_flags()
+    return "avx512_bf16" in cpu_flags()
 
 
 def check_int8_products(subject: str) -> None:
@@ -31,7 +31,7 @@ def check_int8_products(subject: str) -> None:
     Raises:
         LeanRecError: this CPU is such a one.
     """
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if flags and not flags & INT8_FLAGS:
         raise LeanRecError(
             f"{subject}: this CPU has no VNNI, so its int8 products overflow and answers would be wrong; use "
@@ -46,7 +46,7 @@ def cpu_fact(name: str) -> str:
     return next((value.strip() for key, _, value in facts if key.strip() == name), "")
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
     """Return what x86 CPUs say of themselves; others say nothing under that name."""
     return set(cpu_fact("flags").split())
 
