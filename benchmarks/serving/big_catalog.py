@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.one_thread import one_thread
+from loadtest.machine import processors
 from models.atomic import new_directory, write_json
 from models.catalog import Catalog, make_catalog, write_catalog
 from models.checkpoint import Recommender, read_recommender
@@ -214,7 +215,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (SMALL, options.items)
     model = options.model or trained_recommender("ml-100k", "ml-100k")
     directories = {items: with_catalog(model, items) for items in sizes}
-    rows = {items: {"model": model.name, "items": items} | build_row(directories[items]) for items in sizes}
+    hardware = f"{processors()}, 1 compute thread"
+    rows = {
+        items: {"model": model.name, "hardware": hardware, "items": items} | build_row(directories[items])
+        for items in sizes
+    }
     starts: dict[int, list[dict[str, float]]] = {items: [] for items in sizes}
     for _ in range(options.starts):
         for items in sizes:
@@ -223,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         rows[items] |= {name: [one[name] for one in found] for name in found[0]}
     measured = latencies({items: read_recommender(directories[items]) for items in sizes}, options.requests)
     found = [rows[items] | measured[items] for items in sizes]
-    keep_rows(Path("benchmarks/serving/big_catalog.json"), found, ("model",))
+    keep_rows(Path("benchmarks/serving/big_catalog.json"), found, ("model", "hardware"))
     for row in found:
         print(json.dumps(row), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -238,13 +238,12 @@ def _service_figures(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def profile_table(found: Mapping[str, Any]) -> Table:
-    """Return where the service's time goes."""
-    cells = [
-        ["Work", "Share of samples"],
-        *([kind, f"{share:.1%}"] for kind, share in found["shares"].items()),
-    ]
-    note = "Stacks sampled in the service under 16 clients. `python -m benchmarks.serving.profile`"
+def profile_table(rows: Rows) -> Table:
+    """Return where the service's time goes, a column a machine."""
+    kinds = dict.fromkeys(kind for row in rows for kind in row["shares"])
+    cells = [["Work", *(f"{row['hardware']}; {row['model']}" for row in rows)]]
+    cells += [[kind, *(f"{row['shares'].get(kind, 0):.1%}" for row in rows)] for kind in kinds]
+    note = "Shares of stacks sampled in the service under 16 clients. `python -m benchmarks.serving.profile`"
     return Table("Where the time goes", note, cells)
 
 
@@ -324,8 +323,9 @@ def precision_table(rows: Rows) -> Table:
 
 def catalogue_table(rows: Rows) -> Table:
     """Return a million items beside two thousand."""
-    keys = [key for key in rows[0] if not key.startswith("budget_") and key not in ("model", "items")]
-    cells = [["Figure", *(f"{row['model']}, {row['items']:,} items" for row in rows)]]
+    named = ("model", "items", "hardware")
+    keys = [key for key in rows[0] if not key.startswith("budget_") and key not in named]
+    cells = [["Figure", *(f"{row['hardware']}; {row['model']}, {row['items']:,} items" for row in rows)]]
     cells += [[key.replace("_", " "), *(_figure(row[key]) for row in rows)] for key in keys]
     # The last budget is the default, which was another for older rows.
     budgets = dict.fromkeys(key for row in rows for key in row if key.startswith("budget_"))

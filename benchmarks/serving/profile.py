@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.profile [--model DIR --data D] [--seconds 30]
 
-The service runs in this process, the clients in another. Writes `benchmarks/serving/profile.json`: shares of
-the samples in which a thread did work, by what it worked on.
+The service runs in this process, the clients in another. Writes this machine's row of
+`benchmarks/serving/profile.json`: shares of the samples in which a thread did work, by what it worked on.
 """
 
 import argparse
@@ -19,7 +19,9 @@ from types import FrameType
 from typing import Any
 
 from benchmarks.serving.checkpoints import trained_recommender
+from benchmarks.serving.kept import keep_rows
 from benchmarks.serving.one_thread import one_thread
+from loadtest.machine import processors
 
 INTERVAL = 0.004
 PORT = 8765
@@ -51,7 +53,7 @@ def main() -> None:
     one_thread()
     directory = options.model or trained_recommender("ml-100k", "ml-100k")
     found = profile(directory, options.data, options.seconds)
-    Path("benchmarks/serving/profile.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    keep_rows(Path("benchmarks/serving/profile.json"), [found], ("model", "hardware"))
     print(json.dumps(found, indent=2))
 
 
@@ -84,6 +86,7 @@ def profile(directory: Path, data: str, seconds: float) -> dict[str, Any]:
     total = sum(samples.values())
     return {
         "model": directory.name,
+        "hardware": f"{processors()}, 1 compute thread",
         "samples": total,
         "shares": {kind: count / total for kind, count in samples.most_common()},
         "functions": {place: count / total for place, count in places.most_common(25)},
