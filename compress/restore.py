@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerState, TrainingArguments
 
+from compress.at_once import rows_at_once
 from compress.distill import LossWeights
 from compress.distillation_trainer import DistillationTrainer
 from compress.measure import Validation
@@ -20,6 +21,7 @@ from compress.rows import RestorationRows
 from compress.teacher import TeacherStates
 from compress.work import check_digests, damaged
 from models.compiled import compile_layers
+from models.families import Shape
 from models.losses import ValidTokens
 from models.precision import prefers_bf16
 from models.trie import Trie
@@ -96,13 +98,14 @@ def restore(
     """
     checkpoint = _last_checkpoint(directory)
     chosen_by = "kl" if settings.weights.has_teacher else "nll"
-    arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
-    dataset = _RowsWithTeacher(rows, states)
     student = _load(start)
+    arguments = _arguments(rows, directory, settings, chosen_by=chosen_by, resumed=checkpoint is not None)
+    _divide_steps(arguments, Shape.of(student.config), settings, rows.row_tokens)
+    dataset = _RowsWithTeacher(rows, states)
     compile_layers(
         student,
         steps=arguments.max_steps,
-        step_rows=arguments.per_device_train_batch_size,
+        step_rows=arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps,
         row_tokens=rows.row_tokens,
         device=settings.device,
     )
@@ -190,9 +193,17 @@ def _arguments(
     )
     # Trainer would spread one process over all GPUs with DataParallel, which splits batches by rows.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    # The batch of a step is the same however many processes share it.
-    arguments.per_device_train_batch_size = max(1, settings.batch_rows // arguments.world_size)
     return arguments
+
+
+def _divide_steps(
+    arguments: TrainingArguments, shape: Shape, settings: RestoreSettings, row_tokens: int
+) -> None:
+    """Set what a process takes at once. A step's rows are the same, however they are divided."""
+    mine = max(1, settings.batch_rows // arguments.world_size)
+    at_once = rows_at_once(shape, rows=mine, row_tokens=row_tokens, device=settings.device)
+    arguments.per_device_train_batch_size = at_once
+    arguments.gradient_accumulation_steps = mine // at_once
 
 
 class _RowsWithTeacher(Dataset):

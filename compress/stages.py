@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, set_seed
 
+from compress.at_once import rows_at_once
 from compress.calibrate import CalibrationBatch
 from compress.job import Run
 from compress.measure import Yardstick
@@ -109,7 +110,17 @@ def run_stages(run: Run, work: Path, processes: PartialState) -> None:
         head=teacher.get_output_embeddings().weight.detach().clone(),
         rows=rows,
         states=open_states(rows, shared / "teacher"),
-        batches=calibration_batches(rows, run.recipe.calibration_rows, CALIBRATION_BATCH_ROWS, run.device),
+        batches=calibration_batches(
+            rows,
+            run.recipe.calibration_rows,
+            rows_at_once(
+                Shape.of(teacher.config),
+                rows=CALIBRATION_BATCH_ROWS,
+                row_tokens=rows.row_tokens,
+                device=run.device,
+            ),
+            run.device,
+        ),
         yardstick=Yardstick(run.teacher, validation),
     )
     with sharing(run.shared) if processes.is_main_process else contextlib.nullcontext():

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from compress import distill
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
@@ -292,6 +292,28 @@ def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path)
     again = run_restore(bench, tmp_path / "cut", validate)
     assert len(calls) == evaluations
     assert torch.equal(head_of(again.model), head_of(whole.model))
+
+
+def test_a_step_in_parts_is_the_step_and_no_part_is_larger_than_fits(bench, tmp_path, monkeypatch):
+    seen, curves = [], []
+    forward = LlamaModel.forward
+
+    def watched(model, *args, **kwargs):
+        if model.training:
+            seen.append(len(kwargs["input_ids"]))
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    steps, _ = training_steps(bench.rows, SETTINGS)
+    for name, numbers in (("whole", 36_000_000), ("parts", 1)):
+        seen.clear()
+        monkeypatch.setattr("compress.at_once.CPU_NUMBERS", numbers)
+        result = run_restore(bench, tmp_path / name, lambda model: same(mean_kl(model, bench)))
+        assert result.course.steps == steps
+        assert max(seen) == (SETTINGS.batch_rows if name == "whole" else 1)
+        curves.append([entry["kl"] for entry in result.course.curve])
+    # A part's mean is over its own titles, so a row with few of them counts a little more.
+    assert curves[1] == pytest.approx(curves[0], rel=0.02)
 
 
 LOSSES = {"teacher": SETTINGS.weights, "targets": LossWeights(targets=1.0)}
