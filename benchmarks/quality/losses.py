@@ -4,12 +4,11 @@
 
 Some data have many cases of one user, who may do one thing again and again. Prints JSON: all cases, those
 whose item is the last of the history again, the others, and all without the users that lose most together.
-With another result, also what this one gains on it, over cases and with each user counted once.
+With another result, also this one's metrics less the other's, over cases and with each user counted once.
 """
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,13 +66,13 @@ def main() -> None:
     }
     if options.other:
         theirs = _ranks(options.other, data)[1]
-        names_of = users.tolist()
-        result["gained on the other"] = {
-            how: {name: asdict(found) for name, found in compared.items()}
-            for how, compared in (
-                ("over cases", paired(ranks[1], theirs, users=names_of)),
-                ("each user once", paired(ranks[1], theirs, users=names_of, weights=user_weights(names_of))),
-            )
+        owners = users.tolist()
+        result["this run less the other"] = {
+            how: {
+                name: {"difference": found.difference, "ci95": found.difference_ci95}
+                for name, found in paired(ranks[1], theirs, users=owners, weights=weights).items()
+            }
+            for how, weights in (("over cases", None), ("each user once", user_weights(owners)))
         }
     print(json.dumps(result, indent=1))
 

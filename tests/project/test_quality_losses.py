@@ -56,7 +56,7 @@ def test_the_loss_is_told_by_what_came_next_and_by_who_lost_it(folder, monkeypat
 
 
 def test_another_result_may_gain_over_cases_and_lose_over_users(folder, monkeypatch, capsys):
-    gained = told(folder, monkeypatch, capsys)["gained on the other"]
+    gained = told(folder, monkeypatch, capsys)["this run less the other"]
     assert gained["over cases"]["ndcg@10"]["difference"] == pytest.approx((30 - 26) / 36)
     assert gained["each user once"]["ndcg@10"]["difference"] == pytest.approx((30 - 21) / 31)
 
