@@ -3,6 +3,7 @@
 TITLES = {
     "full": "full model",
     "leanrec": "LeanRec",
+    "leanrec-whole": "LeanRec, as it was when steps and cuts of deep models took all rows at once",
     "per-layer": "LeanRec, layers that differ",
     "prunerec": "published method (arXiv 2507.07064)",
     "one-stage": "all cuts, restored once",
