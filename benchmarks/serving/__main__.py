@@ -15,10 +15,11 @@ from pathlib import Path
 
 from benchmarks.serving.checkpoints import RUNS, quantised, trained_recommender
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import hardware
 from benchmarks.serving.page import HERE, cost_table, write_pages
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_versions, processors
+from loadtest.machine import describe_versions
 from models.checkpoint import read_recommender
 
 ONE, FEW, MANY = Case(1), Case(4), Case(16)
@@ -57,7 +58,7 @@ def main() -> None:
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": options.name,
-        "hardware": f"{processors()}, 1 compute thread",
+        "hardware": hardware(),
         "load_average_before": load,
         "load_average_after": os.getloadavg()[0],
         "versions": describe_versions(),

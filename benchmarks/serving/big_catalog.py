@@ -29,8 +29,7 @@ import numpy as np
 
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.kept import keep_rows
-from benchmarks.serving.one_thread import one_thread
-from loadtest.machine import processors
+from benchmarks.serving.one_thread import hardware, one_thread
 from models.atomic import new_directory, write_json
 from models.catalog import Catalog, make_catalog, write_catalog
 from models.checkpoint import Recommender, read_recommender
@@ -215,9 +214,8 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (SMALL, options.items)
     model = options.model or trained_recommender("ml-100k", "ml-100k")
     directories = {items: with_catalog(model, items) for items in sizes}
-    hardware = f"{processors()}, 1 compute thread"
     rows = {
-        items: {"model": model.name, "hardware": hardware, "items": items} | build_row(directories[items])
+        items: {"model": model.name, "hardware": hardware(), "items": items} | build_row(directories[items])
         for items in sizes
     }
     starts: dict[int, list[dict[str, float]]] = {items: [] for items in sizes}

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from benchmarks.serving.checkpoints import RUNS
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import hardware
 from benchmarks.serving.pruned import EXPANSIONS
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_versions, processors
+from loadtest.machine import describe_versions
 from models.checkpoint import read_recommender
 from models.precision import served_dtype
 
@@ -50,7 +51,7 @@ def main() -> None:
     ]
     facts = {
         "data": Path(options.data).name,
-        "hardware": f"{processors()}, 1 compute thread",
+        "hardware": hardware(),
         "chosen": served_dtype("cpu"),
         "versions": describe_versions(),
     }

@@ -21,7 +21,8 @@ from transformers import PreTrainedConfig
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.floor import RATE_TOKENS, layer_bytes, matrix_shapes, read_rates
 from benchmarks.serving.kept import keep_rows
-from loadtest.machine import describe_versions, processors
+from benchmarks.serving.one_thread import hardware
+from loadtest.machine import describe_versions
 from models.checkpoint import read_recommender
 from models.precision import served_dtype
 from models.vllm_model import import_vllm
@@ -88,7 +89,7 @@ def measure(config: PreTrainedConfig) -> list[dict[str, Any]]:
             },
             "read_milliseconds": 1e3 * layer_bytes(config) / float(np.median(reads)),
             "weight_bytes": layer_bytes(config),
-            "hardware": f"{processors()}, 1 compute thread",
+            "hardware": hardware(),
             "versions": describe_versions(),
         }
         for rows in ROWS

@@ -20,8 +20,7 @@ from typing import Any
 
 from benchmarks.serving.checkpoints import trained_recommender
 from benchmarks.serving.kept import keep_rows
-from benchmarks.serving.one_thread import one_thread
-from loadtest.machine import processors
+from benchmarks.serving.one_thread import hardware, one_thread
 
 INTERVAL = 0.004
 PORT = 8765
@@ -86,7 +85,7 @@ def profile(directory: Path, data: str, seconds: float) -> dict[str, Any]:
     total = sum(samples.values())
     return {
         "model": directory.name,
-        "hardware": f"{processors()}, 1 compute thread",
+        "hardware": hardware(),
         "samples": total,
         "shares": {kind: count / total for kind, count in samples.most_common()},
         "functions": {place: count / total for place, count in places.most_common(25)},

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.serving.checkpoints import RUNS, quantised
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import hardware
 from benchmarks.serving.race import Case, Entry, rows, run_race
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_versions, processors
+from loadtest.machine import describe_versions
 from models.checkpoint import Recommender, read_recommender, write_recommender
 from models.data import load_data
 from models.errors import LeanRecError
@@ -53,7 +54,7 @@ def main() -> None:
     race = run_race(entries, options.rounds, RUNS / "logs")
     facts = {
         "data": DATA,
-        "hardware": f"{processors()}, 1 compute thread",
+        "hardware": hardware(),
         "precision": served_dtype("cpu"),
         "versions": describe_versions(),
     }

@@ -25,10 +25,10 @@ import psutil
 from benchmarks.serving.big_catalog import service
 from benchmarks.serving.checkpoints import RUNS, trained_recommender
 from benchmarks.serving.kept import keep_rows
+from benchmarks.serving.one_thread import hardware
 from benchmarks.serving.race import Case, Entry, ask, process
 from benchmarks.serving.waiting_line import BatchCost, latency_quantiles
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import processors
 from models.checkpoint import read_recommender
 from serve.batching import BatchLimits
 
@@ -115,7 +115,7 @@ def measure(directory: Path, data: str, rounds: int) -> dict[str, Any]:
     quantiles = {f"p{q}": 1e3 * float(np.quantile(latencies, q / 100)) for q in (50, 95, 99)}
     return {
         "model": directory.name,
-        "hardware": f"{processors()}, 1 compute thread",
+        "hardware": hardware(),
         "clients": CLIENTS,
         "rounds": pairs,
         "throughput_kept": kept,

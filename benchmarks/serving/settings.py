@@ -21,9 +21,9 @@ import numpy as np
 
 from benchmarks.serving.inside import worker_of
 from benchmarks.serving.kept import keep_rows
-from benchmarks.serving.one_thread import one_thread
+from benchmarks.serving.one_thread import hardware, one_thread
 from benchmarks.serving.workload import make_workload
-from loadtest.machine import describe_versions, processors
+from loadtest.machine import describe_versions
 from models import vllm_engine
 from models.checkpoint import read_recommender
 from models.search import SearchRequest, SearchResult, SearchSettings
@@ -115,7 +115,7 @@ def compare(model: Path, data: str, rounds: int) -> list[dict[str, Any]]:
             "tokens_run": sum(run.tokens for run in runs[name, clients]) / len(results[name, clients]),
             "exact_share": float(np.mean([r.exact for r in results[name, clients]])),
             "expansions": float(np.mean([r.expansions for r in results[name, clients]])),
-            "hardware": f"{processors()}, 1 compute thread",
+            "hardware": hardware(),
             "versions": describe_versions(),
         }
         for (name, clients), seconds in cpu.items()

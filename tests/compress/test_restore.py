@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaModel
 
 from compress import distill
+from compress.at_once import CPU_NUMBERS
 from compress.distill import LossWeights, chunked_vocabulary_kl, distillation_loss
 from compress.measure import Validation
 from compress.muon import MuonWithAdamW
@@ -251,7 +252,9 @@ def mean_kl(model, bench):
 
 
 @pytest.mark.slow
-def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path):
+@pytest.mark.parametrize("numbers", [CPU_NUMBERS, 1], ids=["whole", "in parts"])
+def test_restoration_comes_closer_and_resumes_to_the_same_bytes(bench, tmp_path, monkeypatch, numbers):
+    monkeypatch.setattr("compress.at_once.CPU_NUMBERS", numbers)
     calls = []
 
     def validate(model):
@@ -305,7 +308,7 @@ def test_a_step_in_parts_is_the_step_and_no_part_is_larger_than_fits(bench, tmp_
 
     monkeypatch.setattr(LlamaModel, "forward", watched)
     steps, _ = training_steps(bench.rows, SETTINGS)
-    for name, numbers in (("whole", 36_000_000), ("parts", 1)):
+    for name, numbers in (("whole", CPU_NUMBERS), ("parts", 1)):
         seen.clear()
         monkeypatch.setattr("compress.at_once.CPU_NUMBERS", numbers)
         result = run_restore(bench, tmp_path / name, lambda model: same(mean_kl(model, bench)))
